@@ -1,0 +1,1 @@
+"""Files ↔ named tensors: safetensors, GGUF, metal, digests, manifests. Knows no model."""

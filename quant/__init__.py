@@ -1,0 +1,1 @@
+"""Dense ↔ quantized: which codec a tensor gets and how its values are chosen. Knows no files."""
