@@ -19,7 +19,6 @@ from gptoss_convert.errors import BadInput, InputChanged
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 64 << 20
-MAX_JSON_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def parse_json(text: bytes, path: object) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except RecursionError as error:
-        raise BadInput("the JSON is nested too deeply", file=path, expected=f"depth {MAX_JSON_DEPTH}") from error
+        raise BadInput("the JSON is nested too deeply", file=path, expected="at most a few hundred levels") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadInput("not valid JSON", file=path, found=error) from error
     if not isinstance(value, dict):

@@ -1,0 +1,76 @@
+"""What a verb prints: one JSON document or a table on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Advance = Callable[[int], None]
+"""Called with the number of bytes done since the last call; safe from any thread."""
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
+    """Print the result: the JSON document, or what `render` draws for people."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=True))
+        return
+    from rich.console import Console
+
+    render(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+
+
+def human_bytes(count: float) -> str:
+    """A size for people, in decimal units: 12.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+@contextmanager
+def progress(label: str, total_bytes: int, enabled: bool = True) -> Iterator[Advance]:
+    """A progress bar in bytes on a terminal's stderr; elsewhere a plain line now and then; nothing when disabled."""
+    if not enabled:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        yield from _bar(label, total_bytes)
+    else:
+        yield _lines(label, total_bytes)
+
+
+def _bar(label: str, total_bytes: int) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+def _lines(label: str, total_bytes: int) -> Advance:
+    done = 0
+    next_line = time.monotonic() + PLAIN_LINE_SECONDS
+    lock = threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done, next_line
+        with lock:
+            done += count
+            if time.monotonic() >= next_line:
+                next_line = time.monotonic() + PLAIN_LINE_SECONDS
+                share = 100 * done / total_bytes if total_bytes else 100.0
+                print(f"{label}: {human_bytes(done)} of {human_bytes(total_bytes)} ({share:.0f} %)", file=sys.stderr)
+
+    return advance
