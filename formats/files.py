@@ -32,10 +32,14 @@ class Identity:
 
 
 class SourceFile:
-    """A regular file opened for reading by range; usable from several threads at once."""
+    """A regular file opened for reading by range; usable from several threads at once.
 
-    def __init__(self, path: Path) -> None:
+    `name`: what the source calls it, which in a hub cache is not the name of the file that the link leads to.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
+        self.name = name or path.name
         try:
             # O_NONBLOCK: opening a FIFO must not hang; it has no effect on regular files.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

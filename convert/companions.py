@@ -1,0 +1,45 @@
+"""The small files that travel with the weights: tokenizer, template, generation defaults, licence, model card.
+
+They are read and carried as bytes; templates are compared and copied, never rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gptoss_convert.errors import BadInput
+from gptoss_convert.formats.files import SourceFile
+from gptoss_convert.formats.tree import walk
+
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+NAMES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    TEMPLATE,
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    "USAGE_POLICY",
+)
+Companion = Path | bytes | Callable[[], bytes]
+MAX_BYTES = 128 << 20
+
+
+def collect_companions(folder: Path) -> dict[str, Companion]:
+    """The companion files of a folder: name → path to read, links resolved by the rules of `tree.walk`."""
+    found = {entry.name: entry.path for entry in walk(folder)}
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def companion_bytes(companion: Companion) -> bytes:
+    """The bytes of a companion: read from its file, or made when it is rebuilt from what the source holds."""
+    if isinstance(companion, bytes):
+        return companion
+    if not isinstance(companion, Path):
+        return companion()
+    with SourceFile(companion) as file:
+        if file.size > MAX_BYTES:
+            raise BadInput("a small file is unreasonably large", file=companion, found=file.size)
+        return bytes(file.read(0, file.size))

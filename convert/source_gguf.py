@@ -1,0 +1,194 @@
+"""GGUF of architecture gpt-oss as a source: single or split, as llama.cpp's converter, its quantizer or this tool write it.
+
+Gate and up are tensors of their own there and are read alternating; ggml's MXFP4 comes out in release order; a fused
+attn_qkv is divided. Ollama's dialect (architecture "gptoss") is recognised and refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptoss_convert.config import ModelConfig, default_sliding
+from gptoss_convert.convert.names import canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
+from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
+from gptoss_convert.convert.tokens import gguf_companions
+from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
+from gptoss_convert.errors import BadInput, Refused, printable
+from gptoss_convert.formats.files import SourceFile
+from gptoss_convert.formats.gguf import TensorInfo, Value, read_header
+from gptoss_convert.formats.gguf_split import open_split
+from gptoss_convert.kernels.codecs import BY_GGML_ID
+
+ARCHITECTURE = "gpt-oss"
+OWN_TRUNCATE = "gptoss-convert.rope.truncate"
+Tensors = Mapping[str, tuple[SourceFile, TensorInfo]]
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF, all parts of it where it is split, as a source."""
+    files: list[SourceFile] = []
+    try:
+        tensors: dict[str, tuple[SourceFile, TensorInfo]] = {}
+        metadata: Mapping[str, Value] = {}
+        for part in open_split(path):
+            files.append(SourceFile(part))
+            header = read_header(files[-1])
+            metadata = metadata or header.metadata
+            tensors.update({name: (files[-1], info) for name, info in header.tensors.items()})
+        source = _build(path, metadata, tensors)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    source.files = files
+    source.check_shapes()
+    return source
+
+
+def _build(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Source:
+    architecture = _get(metadata, "general.architecture")
+    if architecture == "gptoss":
+        raise Refused(
+            "this is Ollama's dialect of GGUF (architecture gptoss): other names, fused gate and up, and MXFP4 blocks "
+            "whose nibbles are in another order under a type number of its own",
+            file=path,
+            remedy="take the official checkpoint or a GGUF of architecture gpt-oss",
+        )
+    if architecture != ARCHITECTURE:
+        raise Refused("the GGUF is of another architecture", file=path, found=repr(architecture), expected=ARCHITECTURE)
+    config = config_from_gguf(metadata, path, _vocabulary(tensors))
+    source = Source(path, Layout.GGUF, config, {}, [], metadata=metadata)
+    for name in canonical_shapes(config):
+        _add(source, name, tensors)
+    used = {stored for names in source.names.values() for stored in names}
+    for name, (_, info) in tensors.items():
+        if name not in used:
+            source.problems.append(Problem("a tensor that gpt-oss does not have", name, f"{info.type_name} {info.shape}"))
+    source.stored = [
+        StoredTensor(name, info.type_name, tuple(reversed(info.shape)), info.nbytes, file.name)
+        for name, (file, info) in tensors.items()
+    ]
+    source.companions = gguf_companions(metadata)
+    if OWN_TRUNCATE not in metadata:
+        source.notes.append("GGUF does not say whether YaRN's bounds are truncated; the release's answer (no) is assumed")
+    return source
+
+
+def _get(metadata: Mapping[str, Value], key: str, default: Any = None) -> Any:
+    value = metadata.get(key)
+    return default if value is None else value.value
+
+
+def _vocabulary(tensors: Tensors) -> int:
+    if "token_embd.weight" not in tensors:
+        raise BadInput("the GGUF lacks a tensor", tensor="token_embd.weight", remedy="is this a vocabulary-only file?")
+    return tensors["token_embd.weight"][1].shape[-1]
+
+
+def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -> ModelConfig:
+    """The configuration from `gpt-oss.*` keys, by llama.cpp's names and defaults."""
+    prefix = ARCHITECTURE + "."
+
+    def integer(key: str, default: int | None = None) -> int:
+        value = _get(metadata, prefix + key, default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # some writers give one number a layer
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise BadInput("a metadata key is missing or out of range", file=where, tensor=prefix + key, found=repr(value))
+        return value
+
+    def number(key: str, default: float) -> float:
+        value = _get(metadata, prefix + key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            raise BadInput("a metadata key is out of range", file=where, tensor=prefix + key, found=repr(value))
+        return float(str(np.float32(value)))  # the decimal that was meant: 1e-05, not 9.99999974e-06
+
+    scaling = _get(metadata, prefix + "rope.scaling.type")
+    if scaling != "yarn":
+        raise BadInput("a rope scaling that gpt-oss does not have", file=where, found=repr(scaling), expected="yarn")
+    layers, heads = integer("block_count"), integer("attention.head_count")
+    if layers > 4096 or integer("expert_count") > 4096:
+        raise BadInput("an absurd count of layers or experts", file=where, found=f"{layers}, {integer('expert_count')}")
+    hidden, head_dim = integer("embedding_length"), integer("attention.key_length")
+    ids = {kind: _get(metadata, f"tokenizer.ggml.{key}_token_id") for kind, key in _TOKEN_IDS.items()}
+    return ModelConfig(
+        layers=layers,
+        experts=integer("expert_count"),
+        experts_per_token=integer("expert_used_count"),
+        hidden=hidden,
+        intermediate=integer("expert_feed_forward_length"),
+        vocab=vocab,
+        heads=heads,
+        kv_heads=integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        sliding_window=integer("attention.sliding_window"),
+        max_positions=integer("context_length"),
+        original_positions=integer("rope.scaling.original_context_length"),
+        rope_theta=number("rope.freq_base", 10000.0),
+        rope_factor=number("rope.scaling.factor", 1.0),
+        beta_fast=number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=number("rope.scaling.yarn_beta_slow", 1.0),
+        truncate=bool(_get(metadata, OWN_TRUNCATE, False)),
+        rms_eps=number("attention.layer_norm_rms_epsilon", 1e-5),
+        sliding=_sliding(metadata, layers, where),
+        token_ids={kind: value for kind, value in ids.items() if isinstance(value, int)},
+    )
+
+
+_TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+
+
+def _sliding(metadata: Mapping[str, Value], layers: int, where: object) -> tuple[bool, ...]:
+    """The window pattern as llama.cpp reads it: a period p (every p-th layer is full) or one flag a layer."""
+    pattern = _get(metadata, ARCHITECTURE + ".attention.sliding_window_pattern")
+    if pattern is None:
+        return default_sliding(layers)
+    if isinstance(pattern, list) and len(pattern) == layers:
+        return tuple(bool(flag) for flag in pattern)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
+        return tuple(n % pattern < pattern - 1 for n in range(layers))
+    raise BadInput("the sliding window pattern does not fit", file=where, found=repr(pattern)[:80], expected=f"{layers} flags")
+
+
+def _add(source: Source, name: str, tensors: Tensors) -> None:
+    if is_gate_up(name):
+        gate, up = gguf_gate_up(name)
+        if gate in tensors and up in tensors:
+            source.names[name] = (gate, up)
+            views = [_stored(source, tensors[there]) for there in (gate, up)]
+            source.views[name] = Alternating(views[0], views[1], columns=name.endswith("_bias"))
+        return
+    there = gguf_name(name)
+    assert there is not None
+    if there in tensors:
+        source.names[name] = (there,)
+        source.views[name] = _stored(source, tensors[there])
+    elif match := re.search(r"attn_([qkv])\.(weight|bias)$", there):
+        layer, _ = split_name(name)
+        fused = f"blk.{layer}.attn_qkv.{match[2]}"
+        if fused in tensors:
+            config = source.config
+            first = {"q": 0, "k": config.q_rows, "v": config.q_rows + config.kv_rows}[match[1]]
+            count = config.q_rows if match[1] == "q" else config.kv_rows
+            source.names[name] = (fused,)
+            source.views[name] = RowRange(_stored(source, tensors[fused]), first, count, columns=match[2] == "bias")
+
+
+def _stored(source: Source, place: tuple[SourceFile, TensorInfo]) -> View:
+    file, info = place
+    codec = BY_GGML_ID.get(info.type)
+    if codec is None:
+        raise Refused(
+            "a tensor's quantization cannot be read", file=file.path, tensor=info.name, found=info.type_name,
+            expected=", ".join(sorted(c.name for c in BY_GGML_ID.values())),
+            remedy=f"start from the checkpoint that {printable(source.path.name)} was made from",
+        )  # fmt: skip
+    columns, *rest = info.shape
+    rows = rest[0] if rest else 1
+    experts = rest[1] if len(rest) > 1 else 1
+    return Stored(file, info.offset, codec.name, (experts, rows, columns))

@@ -1,0 +1,80 @@
+"""The codecs by name: how many bytes a row takes, and rows of bytes → values.
+
+A *row codec* stores each row of a matrix by itself, so any range of rows can be read, permuted or written alone. The ids
+are ggml's. MXFP4 here is ggml's block order; the release's two-tensor order is `Mxfp4` in `kernels.chunks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_convert.kernels import mxfp4, q_blocks
+from gptoss_convert.kernels.floats import F32, U8, bf16_to_f32, f32_to_bf16
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A row codec. `fields`: the bytes of one block, part by part; `block`: the values it holds."""
+
+    name: str
+    ggml_id: int
+    block: int
+    fields: tuple[int, ...]
+    decode: Callable[[U8], F32]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return sum(self.fields)
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of `columns` values divide into blocks."""
+        return columns % self.block == 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row; `columns` must fit."""
+        return columns // self.block * self.block_bytes
+
+
+def _decode_f32(rows: U8) -> F32:
+    return np.ascontiguousarray(rows).view("<f4")
+
+
+def _decode_f16(rows: U8) -> F32:
+    return np.ascontiguousarray(rows).view("<f2").astype(np.float32)
+
+
+def _decode_bf16(rows: U8) -> F32:
+    return bf16_to_f32(np.ascontiguousarray(rows).view("<u2"))
+
+
+def _decode_mxfp4(rows: U8) -> F32:
+    return mxfp4.decode(*mxfp4.from_ggml(rows))
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("f32", 0, 1, (4,), _decode_f32),
+        Codec("f16", 1, 1, (2,), _decode_f16),
+        Codec("q5_0", 6, 32, (2, 4, 16), q_blocks.q5_0_decode),
+        Codec("q8_0", 8, 32, (2, 32), q_blocks.q8_0_decode),
+        Codec("bf16", 30, 1, (2,), _decode_bf16),
+        Codec("mxfp4", 39, 32, (1, 16), _decode_mxfp4),
+    )
+}
+BY_GGML_ID: dict[int, Codec] = {codec.ggml_id: codec for codec in CODECS.values()}
+FLOATS = ("bf16", "f16", "f32")
+
+
+def encode_float(values: F32, name: str) -> U8:
+    """f32 [R, C] → rows of bytes in bf16, f16 or f32, rounded to nearest even; f16 overflows to infinity (callers check)."""
+    if name == "bf16":
+        return f32_to_bf16(values).view(np.uint8)
+    if name == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype("<f2").view(np.uint8)
+    return np.ascontiguousarray(values, "<f4").view(np.uint8)
