@@ -67,7 +67,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fetch will download where; nothing has been written yet. `resolved_from` is the moving name, if allowed."""
+    """What a fetch will download where; nothing is written yet. `resolved_from` is the branch or tag, if allowed."""
 
     repo: str
     revision: str
@@ -134,7 +134,17 @@ def plan(
     selected = tuple(file for file in listing if _is_selected(file.name, layout, include))
     if not selected:
         raise UsageError("the selection fits no file of the repository", file=repo, found=f"--layout {layout}")
-    ready = Plan(repo, commit, None if wanted == commit else wanted, target, listing, selected, endpoint, token, table)
+    ready = Plan(
+        repo=repo,
+        revision=commit,
+        resolved_from=None if wanted == commit else wanted,
+        target=target,
+        listing=listing,
+        selected=selected,
+        endpoint=endpoint,
+        token=token,
+        table=table,
+    )
     _refuse_other_files(ready)
     return ready
 
@@ -157,16 +167,19 @@ def run(
         todo = [file for file in ready.selected if file.name not in known]
         _check_space(ready, todo)
         _write_tree_record(ready)
-        corrupt = _download_all(ready, todo, private / "fetch", workers, tell, known)
+        right, corrupt = _download_all(ready, todo, private / "fetch", workers=workers, tell=tell)
         shutil.rmtree(private / "fetch", ignore_errors=True)
-        report = verify(
-            ready.target,
-            repo=ready.repo,
-            revision=ready.revision,
-            threads=threads,
-            table=ready.table,
-            known={ready.target / name: digest for name, digest in known.items()},
-        )
+        known |= right
+        report = Report(str(ready.target), ready.repo, ready.revision, quick=False, results=())
+        if known:
+            report = verify(
+                ready.target,
+                repo=ready.repo,
+                revision=ready.revision,
+                threads=threads,
+                table=ready.table,
+                known={ready.target / name: digest for name, digest in known.items()},
+            )
     return _report_on(ready, report, corrupt)
 
 
@@ -327,18 +340,19 @@ def _download_all(
     ready: Plan,
     todo: Sequence[RemoteFile],
     staging: Path,
+    *,
     workers: int,
     tell: Progress,
-    known: dict[str, FileDigest],
-) -> dict[str, FileDigest]:
-    """Download the files, keep the right ones (added to `known`) and return the digests of the corrupt ones."""
+) -> tuple[dict[str, FileDigest], dict[str, FileDigest]]:
+    """Download the files and keep the right ones; the digests of those, and of the corrupt ones."""
     _sweep(staging)
+    right: dict[str, FileDigest] = {}
     corrupt: dict[str, FileDigest] = {}
     stop = threading.Event()
 
     def one(file: RemoteFile) -> None:
         digest = _download(ready, file, staging, tell, stop)
-        (known if _is_right(ready, file, digest) else corrupt)[file.name] = digest
+        (right if _is_right(ready, file, digest) else corrupt)[file.name] = digest
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         # Smallest first: what is wrong with the access or the network shows before gigabytes have passed.
@@ -355,7 +369,7 @@ def _download_all(
     for error in errors:
         assert error is not None
         raise error
-    return corrupt
+    return right, corrupt
 
 
 def _sweep(staging: Path) -> None:
@@ -431,6 +445,8 @@ def _as_network_errors(what: str) -> Iterator[None]:
     """Turn whatever the hub client raises into one of this tool's errors."""
     from huggingface_hub import errors
 
+    # The base class of every transport error of the HTTP library that this version of the client uses.
+    http_error: Any = errors.HfHubHTTPError.__mro__[1]
     try:
         yield
     except (GptOssError, CancelledError):
@@ -441,7 +457,7 @@ def _as_network_errors(what: str) -> Iterator[None]:
     except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
         remedy = "check --revision; the commit may have been removed from the repository"
         raise NetworkError("the hub does not have this commit or file", file=what, remedy=remedy) from error
-    except (OSError, errors.HfHubHTTPError.__mro__[1], errors.XetDownloadError, RuntimeError) as error:
+    except (OSError, http_error, errors.XetDownloadError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise CannotWrite("cannot write the download", file=what, found=error.strerror) from error
         remedy = "run the same command again: files that are complete and verified are kept"

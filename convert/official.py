@@ -221,9 +221,10 @@ def _pin(item: Mapping[str, Any], *, repo: str, name: str, publisher: str, revis
 
 def official_name_of(sha256: str) -> str | None:
     """What a digest is the official digest of, for example "chat_template.jinja of openai/gpt-oss-20b", or None."""
-    pins = load().by_digest(sha256)
+    pins = [pin for pin in load().by_digest(sha256) if pin.publisher == OPENAI]
     if not pins:
         return None
     pin = pins[0]
+    repos = dict.fromkeys(other.repo for other in pins if (other.name, other.current) == (pin.name, pin.current))
     when = "" if pin.current else f", older revision ({pin.revision})"
-    return f"{pin.name} of {pin.repo}{when}"
+    return f"{pin.name} of {' and '.join(repos)}{when}"

@@ -68,6 +68,8 @@ TAIL_BYTES = 4096
 # Content that stands where a file should be; never a file of a model that ends in one of these suffixes.
 STAND_INS = frozenset({Kind.EMPTY, Kind.ZEROS, Kind.LFS_POINTER, Kind.HTML, Kind.XML})
 MODEL_SUFFIXES = (*official.WEIGHT_SUFFIXES, ".json", ".jinja", ".tiktoken", ".model", ".onnx")
+# What programs that load a model folder may pick up by itself; a stray one can change what the model does.
+LOADED_SUFFIXES = (*MODEL_SUFFIXES, ".py", ".so", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".txt")
 
 
 class Status(StrEnum):
@@ -128,13 +130,15 @@ class Report:
 
     @property
     def official(self) -> bool:
-        """Whether every file of the layouts at hand is, by full digest, the official one; stray files do not matter."""
+        """Whether all that a loader would take, in layouts that are complete, is official by full digest.
+
+        Documents and other stray files do not count; a stray file that a loader might take does.
+        """
         at_hand = [layout for layout in self.layouts if layout.state != "not downloaded"]
-        no_faults = not any(self.counts[status] for status in (Status.MISMATCHED, Status.MISSING))
-        weights = [result for result in self.results if result.name.endswith(official.WEIGHT_SUFFIXES)]
-        return bool(
-            at_hand and no_faults and all(layout.state == "complete" for layout in at_hand) and weights
-        ) and all(result.official for result in weights)
+        if not at_hand or self.counts[Status.MISMATCHED] or self.counts[Status.MISSING]:
+            return False
+        loaded = [result for result in self.results if result.name.endswith(LOADED_SUFFIXES)]
+        return all(layout.state == "complete" for layout in at_hand) and all(result.official for result in loaded)
 
     @property
     def answer(self) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.floats import F32, U8, U16
 
 BLOCK = 32
 CODE_BYTES = BLOCK // 2
@@ -70,10 +70,31 @@ def _decode(blocks: Any, scales: Any, half_scale: Any, pair: Any, out: Any) -> N
                 out[r, g * 32 + 2 * j + 1] = pair[byte, 1] * scale
 
 
+def decode_bf16(blocks: U8, scales: U8) -> U16:
+    """Release order → bits of bfloat16 [R, G·32], every zero positive; exact for scales up to 252."""
+    out = np.empty((blocks.shape[0], blocks.shape[1] * BLOCK), np.uint16)
+    row = np.empty(out.shape[1], np.float32)
+    _decode_bf16(blocks, scales, HALF_SCALE, _PAIR + np.float32(0), row, row.view(np.uint32), out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _decode_bf16(blocks: Any, scales: Any, half_scale: Any, pair: Any, row: Any, bits: Any, out: Any) -> None:
+    for r in range(blocks.shape[0]):
+        for g in range(blocks.shape[1]):
+            scale = half_scale[scales[r, g]]
+            for j in range(16):
+                byte = blocks[r, g, j]
+                row[g * 32 + 2 * j] = pair[byte, 0] * scale
+                row[g * 32 + 2 * j + 1] = pair[byte, 1] * scale
+        for i in range(out.shape[1]):
+            out[r, i] = bits[i] >> np.uint32(16)
+
+
 def to_ggml(blocks: U8, scales: U8) -> U8:
     """Release order → ggml blocks: blocks [R, G, 16], scales [R, G] → uint8 [R, G·17]. Bits move, values stay."""
     out = np.empty((blocks.shape[0], blocks.shape[1] * GGML_BLOCK_BYTES), np.uint8)
-    _to_ggml(np.ascontiguousarray(blocks).view("<u8"), scales, out)
+    _to_ggml(np.ascontiguousarray(blocks).view("<u8"), np.ascontiguousarray(scales), out)
     return out
 
 

@@ -103,6 +103,12 @@ def test_an_ordinary_configuration_is_json() -> None:
     assert identify(json.dumps({"model_type": "gpt_oss"}).encode()) is Kind.JSON
 
 
+@pytest.mark.parametrize("head", [b"\x01\x02\x03", b"\xff\xfe\xfd", b"text\x00with binary"])
+def test_unknown_bytes_are_not_given_a_name(head: bytes) -> None:
+    assert identify(head) is None
+    assert sniff(head) is None
+
+
 @given(st.binary(max_size=HEAD_BYTES))
 def test_any_bytes_at_all_are_looked_at_without_an_error(head: bytes) -> None:
     assert sniff(head) is None or isinstance(sniff(head), str)

@@ -4,8 +4,9 @@
     | zeros to 16384 | embedding | blocks without experts | final norm | unembedding
     | per block: zeros to 16384, experts
 
-Every weight item begins at a multiple of 16; a bias follows its weight at once. Only rows of text tokens and of the first
-16 special tokens are kept. The bits differ from original/ in three ways: q and k rows, q and k magnitudes, scale bytes.
+Every weight item begins at a multiple of 16; a bias follows its weight at once. Only rows of text tokens and of the
+first 16 special tokens are kept. The bits differ from original/ in three ways: order of q and k rows, their magnitude,
+scale bytes.
 """
 
 from __future__ import annotations
@@ -172,4 +173,4 @@ def write_metal(model: Model, path: Path) -> None:
         for alignment, parts in items(model.spec):
             file.write(bytes(-file.tell() % alignment))
             for part in parts:
-                file.write(memoryview(part_bytes(model, part).numpy()))
+                file.write(part_bytes(model, part).numpy().data)

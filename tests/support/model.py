@@ -39,7 +39,7 @@ class Spec:
     """Everything that a configuration file says. By default all widths differ and most numbers are not the release's.
 
     The clamp and the YaRN betas are the release's own because no GGUF can carry others: llama.cpp has them built in for
-    this architecture. It also rounds the betas' dimensions, so only `truncate=True` can agree with it to the last digits.
+    this architecture. It also rounds the betas' dimensions, so only `truncate=True` agrees with it to the last digits.
     """
 
     layers: int = 3
@@ -88,6 +88,9 @@ class Spec:
 
 SMALL = Spec()
 SQUARE = replace(SMALL, hidden=128, intermediate=128)
+STEADY = replace(SMALL, truncate=True, experts_per_token=6)
+"""For comparing inexact paths with llama.cpp: no dimension is rounded differently, and every expert is always taken, so
+that a small error stays small. With a choice of experts it now and then flips one, and the difference jumps."""
 WIDE = replace(SMALL, layers=2, hidden=512, intermediate=256)
 RELEASE_20B = Spec(
     layers=24, experts=32, experts_per_token=4, hidden=2880, intermediate=2880, heads=64, kv_heads=8, vocab=201088,
@@ -253,11 +256,13 @@ class Model:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         state = {name: tensor().to(dtype) for name, tensor in bf16_tensors(self).items()}
         model.load_state_dict(state, strict=True, assign=True)
-        return model.eval()
+        model.train(False)
+        return model
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 [T, V]: what the model computes in float32 after each prefix of `ids`."""
         if not hasattr(self, "_transformers"):
             self._transformers = self.transformers()
-        return self._transformers(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+        result: torch.Tensor = self._transformers(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return result.float()

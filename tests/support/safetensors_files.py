@@ -54,7 +54,7 @@ def write(
             found = (NAMES[tensor.dtype], tuple(tensor.shape))
             if found != entries[name]:
                 raise AssertionError(f"{name}: made as {found}, announced as {entries[name]}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def shards(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:

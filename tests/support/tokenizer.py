@@ -1,7 +1,7 @@
 """Tokenizers: a small one with the structure of the true one, and the true one rebuilt from a public package.
 
-Both come out of `harmony_tokenizer(ranks)`: byte-level BPE whose merges are every split of a token into two tokens, in rank
-order, followed by the 21 special tokens. That the true one comes out with the published digest proves the function.
+Both come out of `harmony_tokenizer(ranks)`: byte-level BPE whose merges are every split of a token into two tokens, in
+rank order, and the 21 special tokens. That the true one comes out with the published digest proves the function.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ CHAT_TEMPLATE = """\
 
 TRAINING_TEXT = """\
 The weights of a model are numbers, and a converter moves them from one file to another without changing what they mean.
-A checkpoint has layers; a layer has attention and experts; an expert has a gate, an up projection and a down projection.
+A checkpoint has layers; a layer has attention and experts; an expert has a gate, an up and a down projection.
 Hello, world! Hello there. It's what they've said: we'll see, you're right, I'd wait, he's gone, don't go, I'm here.
 Reading is the first step, checking the second, writing the third, and proving the last and the longest of them all.
 def convert(source, target):
@@ -75,9 +75,10 @@ def convert(source, target):
             target[name] = tensor.reshape(-1, 32)
     return {"layers": 24, "experts": 32, "hidden": 2880}
 In 2025 there were 1, 22, 333 and 4444 reasons; 199998 text tokens; 0.5, 1.5 and -6.0 as values; 100% of 3 + 4 = 7.
-Der schnelle braune Fuchs springt über den faulen Hund. Les élèves étaient déjà partis où l'été commence. ¿Qué pasó mañana?
-Быстрая лиса прыгает через ленивую собаку. Η γρήγορη αλεπού. 你好，世界。模型的权重是数字。こんにちは世界。안녕하세요 세계.
-नमस्ते दुनिया। مرحبا بالعالم. שלום עולם. 🙂🚀👩‍👩‍👧 → ≠ ≤ ∑ “quoted” — dashed… naïve café
+Der schnelle braune Fuchs springt über den faulen Hund. Les élèves étaient déjà partis où l'été commence.
+¿Qué pasó mañana?
+Быстрая лиса прыгает через ленивую собаку. Η γρήγορη αλεπού. 你好，世界。模型的权重是数字。こんにちは世界。
+안녕하세요 세계. नमस्ते दुनिया। مرحبا بالعالم. שלום עולם. 🙂🚀👩‍👩‍👧 → ≠ ≤ ∑ “quoted” — dashed… naïve café
 <html><body class="main">&nbsp;</body></html> https://example.org/path?query=value&other=1#part user@example.org
 SELECT * FROM tensors WHERE dtype = 'BF16' AND size > 1024 ORDER BY name; -- all of them, please\t\ttabs\t
 WARNING: The NEXT Layers ARE CamelCase and snake_case and kebab-case and SCREAMING_CASE and mixedCase123.
@@ -125,7 +126,7 @@ def harmony_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False, use_regex=True)
     tokenizer.add_special_tokens(
         [AddedToken(text, normalized=False, special=True) for text in special_tokens(len(ranks)).values()]
@@ -153,7 +154,7 @@ def small_vocabulary(text_tokens: int) -> tuple[bytes, ...]:
     byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
     ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(ordered) != text_tokens:
-        raise ValueError(f"the training text yields {len(ordered)} tokens, not {text_tokens}")
+        raise ValueError(f"the training text yields {len(ordered)} text tokens (256 at least), not {text_tokens}")
     return tuple(bytes(byte_of[c] for c in text) for text, _ in ordered)
 
 

@@ -1,0 +1,75 @@
+"""general.* keys of a GGUF from the model card's front matter, by the `gguf` package's own rules.
+
+The card is somebody's text: only its YAML front matter is read, of bounded size, by the safe loader. A name never comes from
+a path, because the same input must give the same bytes wherever it lies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptoss_convert.config import ModelConfig
+from gptoss_convert.errors import BadInput
+from gptoss_convert.formats.gguf import Value, ValueType, array, string, u32
+
+MAX_FRONT_MATTER = 64 << 10
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    """The YAML table between the two `---` lines at the top of a card; empty where there is none."""
+    import yaml
+
+    text = card[:MAX_FRONT_MATTER].decode("utf-8", "replace").replace("\r\n", "\n")
+    if not text.startswith("---\n") or "\n---\n" not in text[4:]:
+        return {}
+    matter = text[4 : text.index("\n---\n", 4)]
+    if "&" in matter and "*" in matter:
+        return {}  # anchors and aliases have no place in a card and can be nested into something enormous
+    try:
+        table = yaml.safe_load(matter)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise BadInput("the model card's front matter is not YAML", file="README.md", found=str(error)[:200]) from error
+    return table if isinstance(table, dict) else {}
+
+
+def card_metadata(
+    card: bytes, name: str | None, config: ModelConfig, counts: tuple[int, int, int]
+) -> list[tuple[str, Value]]:
+    """general.name … general.tags. counts: parameters outside the experts, of one expert a layer, and experts."""
+    import gguf
+
+    table = {key: value for key, value in front_matter(card).items() if isinstance(key, str)}
+    shared, per_expert, experts = counts
+    metadata = gguf.Metadata()
+    identity = name or config.release
+    try:
+        metadata = gguf.Metadata.apply_metadata_heuristic(metadata, table, None, None, config.parameters)
+        if identity:
+            title, organization, basename, finetune, version, size = gguf.Metadata.get_model_id_components(
+                identity, config.parameters
+            )
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise BadInput("the model card's front matter is malformed", file="README.md", found=error) from error
+    if identity:
+        metadata.name = gguf.Metadata.id_to_title(title) if title else identity
+        metadata.organization = metadata.organization or organization
+        metadata.basename = metadata.basename or basename
+        metadata.finetune = metadata.finetune or finetune
+        metadata.version = metadata.version or version
+        metadata.size_label = metadata.size_label or size
+    metadata.name = metadata.name or "gpt-oss"
+    if metadata.size_label is None:
+        metadata.size_label = gguf.size_label(config.parameters, shared, per_expert, experts)
+    writer = gguf.GGUFWriter(path=None, arch="gpt-oss")
+    metadata.set_gguf_meta_model(writer)
+    return [(key, _value(key, kept)) for key, kept in writer.kv_data[0].items() if key != "general.architecture"]
+
+
+def _value(key: str, kept: Any) -> Value:
+    if isinstance(kept.value, str):
+        return string(kept.value)
+    if isinstance(kept.value, int) and not isinstance(kept.value, bool):
+        return u32(kept.value)
+    if isinstance(kept.value, list) and all(isinstance(item, str) for item in kept.value):
+        return array(ValueType.STRING, kept.value)
+    raise BadInput("the model card's front matter has a value of an unexpected kind", file="README.md", found=key)

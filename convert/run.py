@@ -1,0 +1,259 @@
+"""The runner: executes a plan's steps on a few threads, hashes source and output on the way, publishes nothing itself.
+
+    per thread: read a step's rows ─► check they are finite ─► encode each piece ─► write it ─► journal the step's digest
+
+Resident memory is threads × the largest step (plan.peak_memory). Results do not depend on the number of threads: a step is a
+pure function and owns its ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import blake3
+import numpy as np
+
+from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
+from gptoss_convert.convert.source import Source
+from gptoss_convert.errors import BadInput
+from gptoss_convert.formats.output import Output
+from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Rows
+from gptoss_convert.kernels.codecs import CODECS, encode_float
+from gptoss_convert.quant.encode import encode, encode_packed
+
+Advance = Callable[[int], None]
+READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Digests:
+    """SHA-256 in hex by file name."""
+
+    source: dict[str, str]
+    output: dict[str, str]
+
+
+class Workers:
+    """Threads that work through items in order; the first error stops all and is raised in the caller."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def each(self, items: Iterable[Any], work: Callable[[Any], None], threads: int) -> None:
+        """Start `threads` threads that share the items."""
+        iterator = iter(items)
+
+        def loop() -> None:
+            while not self.stopped.is_set():
+                with self._lock:
+                    item = next(iterator, None)
+                if item is None:
+                    return
+                work(item)
+
+        for _ in range(threads):
+            self.start(loop)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start one thread."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                with self._lock:
+                    self._error = self._error or error
+                self.stopped.set()
+
+        self._threads.append(threading.Thread(target=guarded, daemon=True))
+        self._threads[-1].start()
+
+    def join(self) -> None:
+        """Wait for all; raise the first error, or KeyboardInterrupt after stopping them."""
+        try:
+            for thread in self._threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        except BaseException:
+            self.stopped.set()
+            for thread in self._threads:
+                thread.join()
+            raise
+        if self._error is not None:
+            raise self._error
+
+
+def execute(source: Source, plan: Plan, output: Output, *, threads: int, advance: Advance) -> Digests:
+    """Do every step that an earlier run has not finished; returns the digests of all source and output files."""
+    files = [(file.name, file.size) for file in plan.files]
+    journal = output.open(plan.digest(source), files)
+    done = _verified(journal, plan, output)
+    front = _Front(plan)
+    for index, file in enumerate(plan.files):
+        output.write(file.name, 0, file.head)
+        front.open(index)
+    workers = Workers()
+    for index in done:
+        front.finish(plan.steps[index])
+        advance(plan.steps[index].nbytes)
+
+    def work(index: int) -> None:
+        step = plan.steps[index]
+        output.record({"step": index, "digest": do_step(source, step, plan, output)})
+        front.finish(step)
+        advance(step.nbytes)
+
+    digests = Digests({}, {name: hashlib.sha256(data).hexdigest() for name, data in plan.small.items()})
+    workers.each((i for i in range(len(plan.steps)) if i not in done), work, threads)
+    workers.start(lambda: _hash_source(source, digests.source, workers.stopped))
+    workers.start(lambda: _hash_output(plan, output, front, digests.output, workers.stopped))
+    workers.join()
+    for name, data in plan.small.items():
+        output.write_small(name, data)
+    source.check_unchanged()
+    return digests
+
+
+def _verified(journal: Sequence[dict[str, Any]], plan: Plan, output: Output) -> set[int]:
+    """The journalled steps whose bytes on disk are what the journal says."""
+    done: set[int] = set()
+    for record in journal:
+        index, digest = record.get("step"), record.get("digest")
+        if not isinstance(index, int) or not 0 <= index < len(plan.steps):
+            continue
+        hasher = blake3.blake3()
+        for piece in plan.steps[index].pieces:
+            hasher.update(output.read(plan.files[piece.file].name, piece.offset, piece.nbytes))
+        if hasher.hexdigest() == digest:
+            done.add(index)
+    return done
+
+
+def do_step(source: Source, step: Step, plan: Plan, output: Output) -> str:
+    """Read, check, encode and write one step; returns the digest of the bytes written."""
+    chunk = source.views[step.tensor].read(step.expert, step.start, step.stop)
+    require_finite(chunk, source, step)
+    hasher = blake3.blake3()
+    for piece in step.pieces:
+        data = piece_bytes(chunk, piece, step)
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        assert len(view) == piece.nbytes
+        output.write(plan.files[piece.file].name, piece.offset, view)
+        hasher.update(view)
+    return hasher.hexdigest()
+
+
+def require_finite(chunk: Chunk, source: Source, step: Step) -> None:
+    """Refuse NaN, infinity and the scale byte that means it."""
+    bad = chunk.first_bad()
+    if bad is not None:
+        expert = f"expert {step.expert}, " if step.expert else ""
+        raise BadInput(
+            "a value is not a finite number" if isinstance(chunk, Rows) else "a scale byte that no finite value has",
+            file=source.path,
+            tensor=", ".join(source.names.get(step.tensor, (step.tensor,))[:2]),
+            found=f"at {expert}row {step.start + bad[0]}, column {bad[1]}",
+            remedy="the file is corrupt; run verify and fetch it again",
+        )
+
+
+def piece_bytes(chunk: Chunk, piece: Piece, step: Step) -> np.ndarray[Any, Any]:
+    """The bytes that a chunk becomes in one output tensor."""
+    if piece.part and not piece.columns:
+        chunk = chunk.select(slice(0 if piece.part == "gate" else 1, None, 2))
+    if piece.codec in (BLOCKS, SCALES):
+        packed = encode_packed(chunk)
+        return np.ascontiguousarray(packed.blocks if piece.codec == BLOCKS else packed.scales)
+    if piece.transposed:
+        return _transposed(chunk, piece.codec, step)
+    if piece.columns:
+        values = chunk.values()[:, 0 if piece.part == "gate" else 1 :: 2]
+        return np.ascontiguousarray(encode_float(np.ascontiguousarray(values), piece.codec))
+    return np.ascontiguousarray(encode(chunk, piece.codec, step.tensor, step.start))
+
+
+def _transposed(chunk: Chunk, codec: str, step: Step) -> np.ndarray[Any, Any]:
+    """[out, in] → floats [in, out]; decoded some rows at a time."""
+    rows, columns = chunk.shape
+    words = np.empty((rows, columns), f"<u{CODECS[codec].row_bytes(1)}")
+    for start in range(0, rows, ROWS_AT_ONCE):
+        part = chunk.select(slice(start, start + ROWS_AT_ONCE))
+        words[start : start + ROWS_AT_ONCE] = encode(part, codec, step.tensor, start).view(words.dtype)
+    return np.ascontiguousarray(words.T)
+
+
+class _Front:
+    """How far each output file is complete from its beginning: gaps between pieces (header, padding) count as written."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._condition = threading.Condition()
+        self._pending: list[list[int]] = [[] for _ in plan.files]
+        self._done: list[set[int]] = [set() for _ in plan.files]
+        self._at = [0] * len(plan.files)
+        self._sizes = [file.size for file in plan.files]
+        self._open = [False] * len(plan.files)
+        for step in plan.steps:
+            for piece in step.pieces:
+                self._pending[piece.file].append(piece.offset)
+        for offsets in self._pending:
+            offsets.sort()
+
+    def open(self, file: int) -> None:
+        with self._condition:
+            self._open[file] = True
+            self._condition.notify_all()
+
+    def finish(self, step: Step) -> None:
+        with self._condition:
+            for piece in step.pieces:
+                self._done[piece.file].add(piece.offset)
+                offsets, at = self._pending[piece.file], self._at[piece.file]
+                while at < len(offsets) and offsets[at] in self._done[piece.file]:
+                    at += 1
+                self._at[piece.file] = at
+            self._condition.notify_all()
+
+    def wait(self, file: int, beyond: int, stopped: threading.Event) -> int:
+        """The end of the finished part once it exceeds `beyond` bytes."""
+        with self._condition:
+            while not stopped.is_set():
+                offsets, at = self._pending[file], self._at[file]
+                end = offsets[at] if at < len(offsets) else self._sizes[file]
+                if end > beyond and self._open[file]:
+                    return end
+                self._condition.wait(0.2)
+        return beyond
+
+
+def _hash_source(source: Source, digests: dict[str, str], stopped: threading.Event) -> None:
+    buffer = bytearray(READ_BYTES)
+    for file in source.files:
+        hasher = hashlib.sha256()
+        for offset in range(0, file.size, READ_BYTES):
+            if stopped.is_set():
+                return
+            view = memoryview(buffer)[: min(READ_BYTES, file.size - offset)]
+            file.read_into(offset, view)
+            hasher.update(view)
+        digests[file.name] = hasher.hexdigest()
+
+
+def _hash_output(plan: Plan, output: Output, front: _Front, digests: dict[str, str], stopped: threading.Event) -> None:
+    for index, file in enumerate(plan.files):
+        hasher, at = hashlib.sha256(), 0
+        while at < file.size:
+            end = front.wait(index, at, stopped)
+            if stopped.is_set():
+                return
+            while at < end:
+                data = output.read(file.name, at, min(READ_BYTES, end - at))
+                hasher.update(data)
+                at += len(data)
+        digests[file.name] = hasher.hexdigest()

@@ -1,0 +1,209 @@
+"""GGUF as a target: what llama.cpp's own converter writes for gpt-oss, tensor for tensor and key for key.
+
+Norms, biases, sinks and the router are F32; experts take the codec asked for; embedding, head and attention matrices the
+dense one. Tensors lie in the order of the forward pass, so that a split or a memory map follows the layers. No key of the
+file depends on a path, a clock or a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+import numpy as np
+
+from gptoss_convert.config import ModelConfig, default_sliding
+from gptoss_convert.convert.companions import companion_bytes
+from gptoss_convert.convert.model_card import card_metadata
+from gptoss_convert.convert.names import (
+    EMBEDDING,
+    HEAD,
+    Shape,
+    canonical_shapes,
+    gguf_gate_up,
+    gguf_name,
+    is_expert_matrix,
+    is_gate_up,
+)
+from gptoss_convert.convert.plan import OutFile, Place, Plan, Slot, greedy_shards, slot_bytes
+from gptoss_convert.convert.source import Layout, Source
+from gptoss_convert.convert.source_gguf import ARCHITECTURE, OWN_TRUNCATE
+from gptoss_convert.convert.tokens import PRE, Vocabulary, read_vocabulary
+from gptoss_convert.errors import Refused
+from gptoss_convert.formats.gguf import Value, ValueType, array, boolean, build_header, f32, string, u32
+from gptoss_convert.formats.gguf_split import split_metadata, split_name
+from gptoss_convert.kernels.codecs import CODECS
+
+ALIGNMENT = 32
+# llama.cpp's LLAMA_FTYPE, by what the experts are.
+FILE_TYPE = {"f32": 0, "f16": 1, "q8_0": 7, "q5_0": 8, "bf16": 32, "mxfp4": 38}
+QUANTIZATION_VERSION = 2
+
+
+def plan_gguf(
+    source: Source, *, experts: str, dense: str, name: str | None = None, split_bytes: int | None = None, stem: str = ""
+) -> Plan:
+    """The plan of a GGUF, one file or parts of at most `split_bytes` of tensor data named after `stem`."""
+    require_expressible(source.config, source)
+    shapes = canonical_shapes(source.config)
+    slots = {canonical: _slots(canonical, shape, experts, dense) for canonical, shape in shapes.items()}
+    tensors = [slot for group in slots.values() for slot in group]
+    metadata = build_metadata(source, tensors, experts, name)
+    if split_bytes is None:
+        parts = [[slot.name for slot in tensors]]
+        names = [stem]
+    else:
+        parts = list(greedy_shards([(slot.name, slot_bytes(slot)) for slot in tensors], split_bytes))
+        names = [split_name(stem, i, len(parts)) for i in range(len(parts))]
+    plan = Plan("gguf", {"experts": experts, "dense": dense, "name": name, "split_bytes": split_bytes}, [], slots, {})
+    by_name = {slot.name: slot for slot in tensors}
+    for index, part in enumerate(parts):
+        keys = metadata if index == 0 else []
+        if split_bytes is not None:
+            keys = [*keys, *split_metadata(index, len(parts), len(tensors))]
+        _lay_out(plan, names[index], keys, [by_name[tensor] for tensor in part])
+    return plan
+
+
+def require_expressible(config: ModelConfig, source: Source) -> None:
+    """Refuse what llama.cpp would compute differently: numbers that it has built in and no GGUF key can change."""
+    problems = {
+        "swiglu_limit": (config.swiglu_limit, 7.0),
+        "rope beta_fast": (config.beta_fast, 32.0),
+        "rope beta_slow": (config.beta_slow, 1.0),
+        "rope attention_factor": (config.attention_factor, None),
+    }
+    for key, (found, built_in) in problems.items():
+        if found != built_in and not (key.endswith("attention_factor") and _is_default_factor(config)):
+            raise Refused(
+                f"llama.cpp computes gpt-oss with another {key}, and no GGUF key changes it",
+                file=source.path, found=found, expected=built_in,
+                remedy="this model cannot be run faithfully by llama.cpp; choose --to hf or --to bf16",
+            )  # fmt: skip
+
+
+def _is_default_factor(config: ModelConfig) -> bool:
+    default = 0.1 * np.log(config.rope_factor) + 1
+    return config.attention_factor is not None and bool(np.isclose(config.attention_factor, default, rtol=1e-9))
+
+
+def _slots(name: str, shape: Shape, experts: str, dense: str) -> list[Slot]:
+    if is_gate_up(name):
+        codec = experts if is_expert_matrix(name) else "f32"
+        halved = (shape[0], shape[1] // 2, *shape[2:])
+        return [Slot(there, codec, halved, part) for there, part in zip(gguf_gate_up(name), ("gate", "up"), strict=True)]
+    there = gguf_name(name)
+    assert there is not None
+    if is_expert_matrix(name):
+        codec = experts
+    else:
+        matrix = name in (EMBEDDING, HEAD) or ".self_attn." in name
+        codec = dense if matrix and len(shape) == 2 else "f32"
+    return [Slot(there, codec, shape)]
+
+
+def _lay_out(plan: Plan, file_name: str, keys: Sequence[tuple[str, Value]], slots: Sequence[Slot]) -> None:
+    for slot in slots:
+        if not CODECS[slot.codec].fits(slot.shape[-1]):
+            raise Refused(
+                "the codec's blocks do not divide the tensor's rows", tensor=slot.name,
+                found=f"{slot.shape[-1]} columns", expected=f"a multiple of {CODECS[slot.codec].block} for {slot.codec}",
+            )  # fmt: skip
+    infos = [(slot.name, CODECS[slot.codec].ggml_id, tuple(reversed(slot.shape))) for slot in slots]
+    head, placed = build_header(keys, infos, ALIGNMENT)
+    for info in placed:
+        plan.places[info.name] = Place(len(plan.files), info.offset, info.nbytes)
+    end = max(info.offset + info.nbytes for info in placed)
+    plan.files.append(OutFile(file_name, head, end + -end % ALIGNMENT))
+
+
+# --- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def build_metadata(source: Source, tensors: Sequence[Slot], experts: str, name: str | None) -> list[tuple[str, Value]]:
+    """All keys, in the converter's order: general, architecture, tokenizer."""
+    return [*_general(source, tensors, name), *_model(source.config, experts), *_tokenizer(source)]
+
+
+def _general(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
+    keys = [("general.architecture", string(ARCHITECTURE)), ("general.type", string("model"))]
+    if source.layout is Layout.GGUF:
+        skipped = {"general.architecture", "general.type", "general.file_type", "general.quantization_version"}
+        kept = [(k, v) for k, v in source.metadata.items() if k.startswith("general.") and k not in skipped]
+        kept = [("general.name", string(name)) if name and k == "general.name" else (k, v) for k, v in kept]
+        return keys + kept
+    card = source.companions.get("README.md")
+    return keys + card_metadata(companion_bytes(card) if card else b"", name, source.config, _counts(tensors))
+
+
+def _counts(tensors: Sequence[Slot]) -> tuple[int, int, int]:
+    """Parameters outside the experts, of one expert of every layer, and experts: what a size label is made of."""
+    shared = per_expert = experts = 0
+    for slot in tensors:
+        size = int(np.prod(slot.shape, dtype=np.int64))
+        if "_exps." in slot.name:
+            experts = slot.shape[0]
+            per_expert += size // experts
+        else:
+            shared += size
+    return shared, per_expert, experts
+
+
+def _model(config: ModelConfig, experts: str) -> list[tuple[str, Value]]:
+    own: list[tuple[str, Value]] = [
+        ("block_count", u32(config.layers)),
+        ("context_length", u32(config.max_positions)),
+        ("embedding_length", u32(config.hidden)),
+        ("feed_forward_length", u32(config.intermediate)),
+        ("attention.head_count", u32(config.heads)),
+        ("attention.head_count_kv", u32(config.kv_heads)),
+        ("rope.scaling.type", string("yarn")),
+        ("rope.scaling.factor", f32(config.rope_factor)),
+        ("rope.scaling.original_context_length", u32(config.original_positions)),
+        ("rope.scaling.yarn_beta_fast", f32(config.beta_fast)),
+        ("rope.scaling.yarn_beta_slow", f32(config.beta_slow)),
+        ("rope.freq_base", f32(config.rope_theta)),
+        ("attention.layer_norm_rms_epsilon", f32(config.rms_eps)),
+        ("expert_count", u32(config.experts)),
+        ("expert_used_count", u32(config.experts_per_token)),
+        ("attention.key_length", u32(config.head_dim)),
+        ("attention.value_length", u32(config.head_dim)),
+        ("attention.sliding_window", u32(config.sliding_window)),
+        ("expert_feed_forward_length", u32(config.intermediate)),
+    ]
+    if config.sliding != default_sliding(config.layers):
+        own.append(("attention.sliding_window_pattern", array(ValueType.BOOL, list(config.sliding))))
+    keys = [(f"{ARCHITECTURE}.{key}", value) for key, value in own]
+    keys.append(("general.file_type", u32(FILE_TYPE[experts])))
+    keys.append(("general.quantization_version", u32(QUANTIZATION_VERSION)))
+    if config.truncate:  # llama.cpp always truncates YaRN's bounds; kept so that a way back exists
+        keys.append((OWN_TRUNCATE, boolean(True)))
+    return keys
+
+
+def _tokenizer(source: Source) -> list[tuple[str, Value]]:
+    if source.layout is Layout.GGUF:
+        return [(key, value) for key, value in source.metadata.items() if key.startswith("tokenizer.")]
+    vocabulary = read_vocabulary(source.companions, source.config.vocab, source.path)
+    return vocabulary_keys(vocabulary, {**source.config.token_ids, **vocabulary.ids})
+
+
+def vocabulary_keys(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, Value]]:
+    """The tokenizer's keys; bos and eos are never added by themselves, the template decides."""
+    keys: list[tuple[str, Value]] = [
+        ("tokenizer.ggml.model", string("gpt2")),
+        ("tokenizer.ggml.pre", string(PRE)),
+        ("tokenizer.ggml.tokens", array(ValueType.STRING, vocabulary.tokens)),
+        ("tokenizer.ggml.token_type", array(ValueType.INT32, vocabulary.types)),
+        ("tokenizer.ggml.merges", array(ValueType.STRING, vocabulary.merges)),
+    ]
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if role in ids:
+            keys.append((f"tokenizer.ggml.{key}_token_id", u32(ids[role])))
+    keys.append(("tokenizer.ggml.add_bos_token", boolean(False)))
+    keys.append(("tokenizer.ggml.add_eos_token", boolean(False)))
+    if vocabulary.template is not None:
+        keys.append(("tokenizer.chat_template", string(vocabulary.template)))
+    return keys
+
+

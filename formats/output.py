@@ -1,0 +1,234 @@
+"""Writing an output that is never half there: everything grows in a hidden folder beside it and takes its name at the end.
+
+    OUT's folder/
+        .OUT.partial/           while a run is under way, or was killed
+            journal             what is finished: a line of JSON a step, the plan's digest first
+            <files>             full-sized from the start: the space is reserved before the first byte
+        OUT                     appears by one rename, after fsync
+
+A killed run leaves the hidden folder; the next run of the same plan takes up every step whose bytes on disk have the digest
+that the journal names, and redoes the rest. Bytes are never trusted for being there. A run of another plan starts clean. A
+lock on the journal keeps two runs apart; it dies with its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from gptoss_convert.errors import CannotWrite, TargetExists
+
+JOURNAL = "journal"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Output:
+    """The unfinished form of one artifact: a file, or a folder of files."""
+
+    def __init__(self, target: Path, *, folder: bool, overwrite: bool = False) -> None:
+        self.target = target
+        self.is_folder = folder
+        self.overwrite = overwrite
+        self.partial = target.parent / f".{target.name}.partial"
+        self._descriptors: dict[str, int] = {}
+        self._journal = -1
+        self._lock = Lock()
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.target) or self.overwrite or self._is_empty_folder():
+            return
+        raise TargetExists("the target exists", file=self.target, remedy="choose another name, or give --overwrite")
+
+    def _is_empty_folder(self) -> bool:
+        return self.is_folder and self.target.is_dir() and not any(self.target.iterdir())
+
+    def open(self, plan_digest: str, files: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+        """Lock, reserve the space of every (name, bytes), and return what an earlier run of this plan has journalled."""
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _cannot(error, self.partial) from error
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._journal)
+            self._journal = -1
+            raise TargetExists("another run is writing this target", file=self.target) from error
+        try:
+            done = self._earlier(plan_digest)
+            if not done:
+                self._start_clean(plan_digest)
+            for name, size in files:
+                self._reserve(name, size)
+        except OSError as error:
+            self.discard()
+            raise _cannot(error, self.target) from error
+        return done
+
+    def _earlier(self, plan_digest: str) -> list[dict[str, Any]]:
+        records = []
+        with open(self.partial / JOURNAL, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break  # torn by the kill
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                records.append(record)
+        if not records or records[0] != {"plan": plan_digest}:
+            return []
+        return [record for record in records[1:] if isinstance(record, dict)]
+
+    def _start_clean(self, plan_digest: str) -> None:
+        for entry in self.partial.iterdir():
+            if entry.name != JOURNAL:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        os.ftruncate(self._journal, 0)
+        os.lseek(self._journal, 0, os.SEEK_SET)
+        self._append({"plan": plan_digest})
+
+    def _reserve(self, name: str, size: int) -> None:
+        path = self.partial / name
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._descriptors[name] = fd
+        if os.fstat(fd).st_size > size:
+            os.ftruncate(fd, size)
+        if size:
+            os.posix_fallocate(fd, 0, size)
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        """Write bytes at an offset; ranges of different steps never overlap, so threads need no lock."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._descriptors[name], view[done:], offset + done)
+        except OSError as error:
+            raise _cannot(error, self.partial / name) from error
+
+    def read(self, name: str, offset: int, nbytes: int) -> bytes:
+        """Bytes as they lie in the unfinished file."""
+        return os.pread(self._descriptors[name], nbytes, offset)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Journal a finished step."""
+        with self._lock:
+            self._append(entry)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            os.lseek(self._journal, 0, os.SEEK_END)
+            os.write(self._journal, json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            raise _cannot(error, self.partial / JOURNAL) from error
+
+    def write_small(self, name: str, data: bytes) -> None:
+        """Write a whole small file."""
+        path = self.partial / name
+        try:
+            path.write_bytes(data)
+            _sync(path)
+        except OSError as error:
+            raise _cannot(error, path) from error
+
+    def path(self, name: str) -> Path:
+        """Where a file lies until it is published."""
+        return self.partial / name
+
+    def publish(self, beside: dict[str, bytes] | None = None) -> None:
+        """Give the finished artifact its name. `beside`: small files that go next to a single-file artifact, first."""
+        try:
+            for fd in self._descriptors.values():
+                os.fsync(fd)
+            self._refuse_existing()
+            parent = self.target.parent
+            for name, data in (beside or {}).items():
+                self.write_small(name, data)
+                (self.partial / name).replace(parent / name)
+            if self.is_folder:
+                self._publish_folder()
+            else:
+                (single,) = self._descriptors
+                (self.partial / single).replace(self.target)
+                self.discard()
+            _sync(parent)
+        except OSError as error:
+            raise _cannot(error, self.target) from error
+        self.close()
+
+    def _publish_folder(self) -> None:
+        (self.partial / JOURNAL).unlink()
+        _sync(self.partial)
+        replaced = None
+        if os.path.lexists(self.target):
+            replaced = self.target.parent / f".{self.target.name}.replaced"
+            self.target.rename(replaced)
+        self.partial.rename(self.target)
+        if replaced is not None:
+            shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else replaced.unlink()
+
+    def discard(self) -> None:
+        """Remove everything unfinished."""
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files and give the lock back; what is unfinished stays for a later run."""
+        for fd in self._descriptors.values():
+            os.close(fd)
+        self._descriptors = {}
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # An interruption keeps the work for the next run; any other failure leaves nothing behind.
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self.close()
+        elif not isinstance(error, TargetExists):
+            self.discard()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A whole file under its name at once, or not at all."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot(error, path) from error
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _cannot(error: OSError, path: Path) -> CannotWrite:
+    full = error.errno in _NO_SPACE
+    return CannotWrite(
+        "not enough space on the target's disk" if full else "cannot write",
+        file=path,
+        found=error.strerror,
+        remedy="free some space, or choose another disk" if full else "check that the folder exists and may be written",
+    )
