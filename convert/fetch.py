@@ -42,6 +42,7 @@ from gptoss_convert.formats.digests import (
 
 LAYOUTS = ("hf", "original", "metal", "all")
 DEFAULT_WORKERS = 4
+CHUNK = 1 << 18
 PRIVATE = Path(".cache/gptoss-convert")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
@@ -380,8 +381,11 @@ def _sweep(staging: Path) -> None:
 
 def _download(ready: Plan, file: RemoteFile, staging: Path, tell: Progress, stop: threading.Event) -> FileDigest:
     """Bring one file into the staging folder, hash it, and move it to its name if it is right, else delete it."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
+    # The client hands over bytes only when a whole block is there; with its own 10 MB, Ctrl-C and the progress bar of a
+    # slow line would lag by many seconds.
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK
     options: dict[str, Any] = {}
     if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
         options["tqdm_class"] = _silent_bar(tell, stop)

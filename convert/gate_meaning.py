@@ -48,6 +48,7 @@ def decide(source: Source, told: str | None) -> None:
         for name, view in source.views.items():
             if isinstance(view, Alternating):
                 source.views[name] = Halves(view.gate, view.up, view.columns)
+    source.gate_meaning = meaning
     how = "as told" if told else "as measured from biases and row norms"
     what = {
         "deinterleaved": "gate_proj holds the gate rows, up_proj the up rows",

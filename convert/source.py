@@ -82,6 +82,7 @@ class Source:
     config_table: Mapping[str, Any] | None = None
     stored: list[StoredTensor] = field(default_factory=list)
     revision: str | None = None
+    gate_meaning: str | None = None  # of a per-expert checkpoint, see gate_meaning.py
 
     def require_sound(self) -> None:
         """Raise unless every canonical tensor is there with its shape and nothing is unexplained."""

@@ -65,6 +65,8 @@ def _config(header: MetalHeader, path: Path) -> ModelConfig:
     counts += (header.head_dim, header.heads, header.kv_heads, header.window, header.context_length)
     scale, theta, step = header.interpolation_scale, header.rope_theta, header.yarn_scale
     plain = all(0 < count < 1 << 24 for count in counts) and header.blocks <= 4096 and header.experts <= 4096
+    if header.head_dim != 64:  # 0.5 · 0.25 = 1/√64 is folded into q and k: the only head size the format knows
+        raise BadInput("metal's format has heads of 64 only", file=path, found=header.head_dim)
     if not plain or not 0 < scale <= 1 or not 1 < theta < 1e12 or not 0 < step < 1e6 or header.hidden % 32 or header.intermediate % 32:
         raise BadInput("a number in the header is out of range", file=path, found=f"{counts}, {scale}, {theta}, {step}")
     original = round(header.context_length * scale)

@@ -69,7 +69,7 @@ TAIL_BYTES = 4096
 STAND_INS = frozenset({Kind.EMPTY, Kind.ZEROS, Kind.LFS_POINTER, Kind.HTML, Kind.XML})
 MODEL_SUFFIXES = (*official.WEIGHT_SUFFIXES, ".json", ".jinja", ".tiktoken", ".model", ".onnx")
 # What programs that load a model folder may pick up by itself; a stray one can change what the model does.
-LOADED_SUFFIXES = (*MODEL_SUFFIXES, ".py", ".so", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".txt")
+LOADED_SUFFIXES = (*MODEL_SUFFIXES, ".py", ".so", ".pt", ".pth", ".pkl", ".ckpt", ".h5")
 
 
 class Status(StrEnum):

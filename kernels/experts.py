@@ -2,8 +2,8 @@
 
     h = gate_up · x + bias;  a = clamp(gate, max 7) · σ(1.702 · gate) · (clamp(up, −7 … 7) + 1);  y = down · a + bias
 
-(gpt_oss/torch/model.py and transformers' modeling_gpt_oss.py; limit and alpha are the config's.) Products are summed in
-float32 over 256 columns and in float64 over these, in a fixed order: the result depends neither on threads nor on chunks
+(gpt_oss/torch/model.py and transformers' modeling_gpt_oss.py; limit and alpha are the config's.) Products are summed in 64
+float32 lanes and these in float64, in a fixed order: the result depends neither on threads nor on chunks
 nor on the machine's vector width.
 """
 
@@ -36,26 +36,25 @@ def probes(columns: int, count: int, seed: int) -> F32:
 def product(rows: F32, vectors: F32) -> F64:
     """rows f32 [R, C] · vectors f32 [P, C] → f64 [P, R]."""
     out = np.empty((vectors.shape[0], rows.shape[0]), np.float64)
-    _product(rows, np.ascontiguousarray(vectors), out)
+    _product(rows, np.ascontiguousarray(vectors), np.empty(64, np.float32), out)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _product(rows: Any, vectors: Any, out: Any) -> None:
-    # Sixteen partial sums, added in a fixed order: vectorised without leave to reassociate.
-    part = np.empty(16, np.float32)
+def _product(rows: Any, vectors: Any, part: Any, out: Any) -> None:
+    # 64 partial sums, added up in a fixed order: vectorised without leave to reassociate, and enough of them to hide the
+    # latency of an addition.
     columns = rows.shape[1]
-    whole = columns // 16 * 16
+    whole = columns // 64 * 64
     for r in range(rows.shape[0]):
         for p in range(vectors.shape[0]):
+            part[:] = 0
+            for i in range(0, whole, 64):
+                for lane in range(64):
+                    part[lane] += rows[r, i + lane] * vectors[p, i + lane]
             total = 0.0
-            for start in range(0, whole, 256):
-                part[:] = 0
-                for i in range(start, min(start + 256, whole), 16):
-                    for lane in range(16):
-                        part[lane] += rows[r, i + lane] * vectors[p, i + lane]
-                for lane in range(16):
-                    total += np.float64(part[lane])
+            for lane in range(64):
+                total += np.float64(part[lane])
             for i in range(whole, columns):
                 total += np.float64(rows[r, i]) * np.float64(vectors[p, i])
             out[p, r] = total

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from support.hub import pinned, small_safetensors, table
+
 from gptoss_convert.convert import official
 from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.errors import BadInput
-from support.hub import pinned, small_safetensors, table
 
 SMALL, LARGE = "openai/gpt-oss-20b", "openai/gpt-oss-120b"
 TEMPLATE = "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146"

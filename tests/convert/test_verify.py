@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support.hub import git_sha1, pinned, sha256, small_safetensors, table
+
 from gptoss_convert.cli.verify import command
-from gptoss_convert.convert import official, verify as engine
+from gptoss_convert.convert import official
+from gptoss_convert.convert import verify as engine
 from gptoss_convert.convert.official import Table
 from gptoss_convert.convert.verify import FileResult, Report, Status, manifest_document, verify, write_manifest
 from gptoss_convert.errors import BadInput, ExitCode, InputChanged, Refused, TargetExists
 from gptoss_convert.formats.digests import format_sums, hash_file
-from support.hub import git_sha1, pinned, sha256, small_safetensors, table
 
 REPO, COMMIT = "openai/gpt-oss-20b", "6" * 40
 SHARDS = [f"model-0000{i}-of-00001.safetensors" for i in range(2)]
@@ -521,7 +523,7 @@ def test_a_manifest_in_the_folder_is_found_and_is_no_file_of_the_model(tmp_path:
 def test_no_manifest_is_written_of_a_corrupt_or_unhashed_source(tmp_path: Path) -> None:
     with pytest.raises(Refused):
         manifest_document(check(put(tmp_path, ROOT), quick=True))
-    with pytest.raises(Refused, match="config.json"):
+    with pytest.raises(Refused, match=r"config\.json"):
         manifest_document(check(put(tmp_path, {"config.json": b"changed"})))
 
 

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from gptoss_convert.errors import BadInput, InputChanged
 from gptoss_convert.formats import digests
 from gptoss_convert.formats.digests import (

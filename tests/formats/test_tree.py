@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from gptoss_convert.errors import BadInput
 from gptoss_convert.formats import tree
 from gptoss_convert.formats.tree import HubPlace, hub_place, resolve_inside, source_root, walk

@@ -135,14 +135,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries[cursor : cursor + PAGE], link)
 
     def _file(self, name: str, body: bool) -> None:
-        """Large files are redirected to another address, as the hub does, and small ones sent at once."""
+        """Large files are redirected to another host, as the hub does, and small ones sent at once."""
         listed = self.hub.listed_otherwise.get(name, self.hub.files[name])
         headers = {"X-Repo-Commit": self.hub.commit}
         if not self.hub.is_lfs(name):
             self._contents(name, body, {**headers, "ETag": f'"{git_sha1(listed)}"'})
             return
         headers |= {"X-Linked-Etag": f'"{sha256(listed)}"', "X-Linked-Size": str(len(listed))}
-        self._send(302, b"", {**headers, "Location": f"{self.hub.url}/cdn/{name}"})
+        self._send(302, b"", {**headers, "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{name}"})
 
     def _contents(self, name: str, body: bool, headers: dict[str, str] | None = None) -> None:
         content = self.hub.content(name)
@@ -199,7 +199,7 @@ def pinned(
     publisher: str = "OpenAI",
     header_grade: str = "derived",
 ) -> dict[str, Any]:
-    """One repository's entry in a table of official digests, made from contents; `older` maps names to (seen, contents)."""
+    """One repository's entry in a table of official digests, made from contents; `older`: name -> (seen, contents)."""
     entries: dict[str, dict[str, object]] = {}
     for name, content in files.items():
         digest = None if name in without_digest else sha256(content)

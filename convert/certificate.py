@@ -1,0 +1,83 @@
+"""The certificate beside an artifact: what it was made from, by what, with which options, and what was proved of it.
+
+The same input and options give the same certificate: no clock, no host, no path. `verify` takes it as a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from gptoss_convert import __version__
+from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, companion_bytes
+from gptoss_convert.convert.official import official_name_of
+from gptoss_convert.convert.plan import Plan
+from gptoss_convert.convert.proof import DIFFERENT, Proof
+from gptoss_convert.convert.run import Digests
+from gptoss_convert.convert.source import Source
+from gptoss_convert.formats.digests import CERTIFICATE_SCHEMA
+
+FOLDER_NAME = "gptoss-certificate.json"
+
+
+def file_name(artifact: str) -> str:
+    """The certificate's name beside a single-file artifact."""
+    return f"{artifact}.certificate.json"
+
+
+def certificate(source: Source, plan: Plan, digests: Digests, proof: Proof | None) -> dict[str, Any]:
+    """The whole document."""
+    sizes = {file.name: file.size for file in plan.files} | {name: len(data) for name, data in plan.small.items()}
+    return {
+        "schema": CERTIFICATE_SCHEMA,
+        "tool": {"name": "gptoss-convert", "version": __version__},
+        "source": _source(source, digests),
+        "target": plan.target,
+        "options": plan.options,
+        "artifact": {
+            "files": [{"name": n, "size": sizes[n], "sha256": d} for n, d in sorted(digests.output.items())],
+            "notes": plan.notes,
+        },
+        "lossless": None if proof is None else proof.lossless,
+        "lost": None if proof is None else [*source.losses, *_lost(proof)],
+        "proof": None if proof is None else proof.as_dict(),
+    }
+
+
+def _source(source: Source, digests: Digests) -> dict[str, Any]:
+    files = []
+    for file in source.files:
+        digest = digests.source[file.name]
+        files.append({"name": file.name, "size": file.size, "sha256": digest, "official": official_name_of(digest)})
+    return {
+        "layout": str(source.layout),
+        "revision": source.revision,
+        "model": source.config.release,
+        "parameters": source.config.parameters,
+        "official": all(file["official"] for file in files),
+        "files": files,
+        "tokenizer": _companion(source, TOKENIZER),
+        "template": _companion(source, TEMPLATE),
+        "notes": source.notes,
+        "losses": source.losses,
+    }
+
+
+def _companion(source: Source, name: str) -> dict[str, Any] | None:
+    companion = source.companions.get(name)
+    if companion is None or callable(companion):
+        return None  # none, or only arrays from which one could be made
+    digest = hashlib.sha256(companion_bytes(companion)).hexdigest()
+    return {"name": name, "sha256": digest, "official": official_name_of(digest)}
+
+
+def _lost(proof: Proof) -> list[str]:
+    """One line for each way in which tensors were rounded."""
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for tensor in proof.tensors:
+        if tensor.verdict == DIFFERENT:
+            kinds.setdefault((tensor.source_encoding, tensor.artifact_encoding), []).append(tensor.rms_error)
+    return [
+        f"{len(errors)} tensors rounded from {a} to {b}: relative error at most {max(errors):.3g}"
+        for (a, b), errors in sorted(kinds.items())
+    ]

@@ -1,0 +1,193 @@
+"""`convert`: source → plan → run → proof → publication, with the certificate beside the artifact.
+
+Nothing appears under the target's name before every byte is written, hashed and, unless told otherwise, proved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
+from gptoss_convert.convert.names import canonical_shapes, is_expert_matrix
+from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
+from gptoss_convert.convert.proof import Proof, prove, work_size
+from gptoss_convert.convert.run import Advance, Digests, execute
+from gptoss_convert.convert.source import Source, open_source
+from gptoss_convert.convert.target_gguf import plan_gguf
+from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
+from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.output import Output
+from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
+
+TARGETS = ("gguf", "hf", "original", "bf16")
+STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
+ShowProgress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion is asked for. `experts` and `dense` may be "auto": the source's own encoding, losing nothing."""
+
+    to: str
+    experts: str = "auto"
+    dense: str = "auto"
+    split_bytes: int | None = None
+    threads: int = 0
+    proof: bool = True
+    name: str | None = None
+    tokenizer: Path | None = None
+    gate_proj: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did. `proof` is None where it was not asked for; `document` is the certificate."""
+
+    target: Path
+    plan: Plan
+    digests: Digests
+    proof: Proof | None
+    document: dict[str, Any]
+
+
+def open_for(path: Path, options: Options) -> Source:
+    """The source, sound enough to be converted."""
+    source = open_source(path, gate_proj=options.gate_proj, tokenizer=options.tokenizer)
+    try:
+        source.require_sound()
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def make_plan(source: Source, target: Path, options: Options) -> Plan:
+    """The plan for these options, from headers alone."""
+    if options.to == "gguf":
+        experts, dense = _codecs(source, options)
+        _check_gguf_name(target, options)
+        plan = plan_gguf(
+            source, experts=experts, dense=dense, name=options.name,
+            split_bytes=options.split_bytes, stem=target.name if options.split_bytes else "",
+        )  # fmt: skip
+    else:
+        _refuse_codecs(options)
+        planners = {"hf": plan_hf, "original": plan_original, "bf16": plan_bf16}
+        plan = planners[options.to](source, options.split_bytes)
+    if options.to == "gguf" and not options.split_bytes:
+        plan.files[0] = type(plan.files[0])(target.name, plan.files[0].head, plan.files[0].size)
+    plan.steps = make_steps(canonical_shapes(source.config), plan, source.views)
+    return plan
+
+
+def _codecs(source: Source, options: Options) -> tuple[str, str]:
+    experts = {view.encoding for name, view in source.views.items() if is_expert_matrix(name)}
+    dense = {
+        view.encoding
+        for name, view in source.views.items()
+        if not is_expert_matrix(name) and name.endswith("weight") and view.stack[1] > 1 and "router" not in name
+    }
+    chosen = []
+    for asked, found, known, what in (
+        (options.experts, experts, EXPERT_CODECS, "--experts"),
+        (options.dense, dense, DENSE_CODECS, "--dense"),
+    ):
+        codec = (next(iter(found)) if len(found) == 1 else "f32") if asked == "auto" else asked
+        if codec not in known:
+            raise UsageError(f"{what} cannot be {codec}", expected=", ".join(known))
+        chosen.append(codec)
+    return chosen[0], chosen[1]
+
+
+def _check_gguf_name(target: Path, options: Options) -> None:
+    if options.split_bytes and target.suffix == ".gguf":
+        raise UsageError(
+            "a split GGUF is a folder of parts", found=target.name, expected="a folder's name, without .gguf"
+        )
+    if not options.split_bytes and target.suffix != ".gguf":
+        raise UsageError("a GGUF's name ends in .gguf", found=target.name, remedy=f"name it {target.name}.gguf")
+
+
+def _refuse_codecs(options: Options) -> None:
+    for what, asked in (("--experts", options.experts), ("--dense", options.dense), ("--name", options.name)):
+        if asked not in ("auto", None):
+            raise UsageError(f"{what} is for --to gguf", found=f"--to {options.to}", remedy=f"leave {what} out")
+
+
+def thread_count(source: Source, plan: Plan, wanted: int) -> int:
+    """Threads to run with: as many as asked for, or cores, but no more than the memory bound allows."""
+    shapes = canonical_shapes(source.config)
+    one = peak_memory(plan, shapes, 1) - peak_memory(plan, shapes, 0)
+    return max(1, min(wanted or len(os.sched_getaffinity(0)), STEP_MEMORY // max(one, 1)))
+
+
+def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
+    """The dry run's answer: sizes, memory, and every tensor's fate."""
+    threads = thread_count(source, plan, options.threads)
+    return {
+        "target": plan.target,
+        "options": plan.options,
+        "source": {"layout": str(source.layout), "losses": source.losses, "notes": source.notes},
+        "output_bytes": plan.output_bytes,
+        "peak_memory_bytes": peak_memory(plan, canonical_shapes(source.config), threads),
+        "threads": threads,
+        "files": [{"name": f.name, "size": f.size} for f in plan.files]
+        + [{"name": name, "size": len(data)} for name, data in sorted(plan.small.items())],
+        "tensors": [
+            {
+                "source": name,
+                "from": source.views[name].encoding,
+                "tensor": slot.name,
+                "codec": slot.codec,
+                "shape": list(slot.shape),
+                "bytes": plan.places[slot.name].nbytes,
+                "fate": _fate(source.views[name].encoding, slot.codec),
+            }
+            for name, slots in plan.slots.items()
+            for slot in slots
+        ],
+        "notes": plan.notes,
+    }
+
+
+def _fate(encoding: str, codec: str) -> str:
+    if codec in ("blocks", "scales"):
+        return "bits kept" if encoding == "mxfp4" else "rounded to mxfp4 where it is not already"
+    moved = encoding == codec == "mxfp4"
+    return "bits moved" if moved else fate(encoding, codec)
+
+
+def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> Outcome:
+    """Convert; the artifact, proved, stands under its name when this returns."""
+    target = Path(os.path.abspath(target))
+    folder = options.to != "gguf" or options.split_bytes is not None
+    with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
+        plan = make_plan(source, target, options)
+        threads = thread_count(source, plan, options.threads)
+        with show("convert", _step_bytes(plan.steps)) as advance:
+            digests = execute(source, plan, output, threads=threads, advance=advance)
+        proof = None
+        if options.proof:
+            made = output.partial if folder else output.path(target.name)
+            with show("prove", work_size(source)) as advance, open_source(made) as artifact:
+                proof = prove(source, artifact, threads=threads, advance=advance)
+            source.check_unchanged()
+        document = certificate(source, plan, digests, proof)
+        data = (json.dumps(document, indent=1) + "\n").encode()
+        if folder:
+            output.write_small(FOLDER_NAME, data)
+            output.publish()
+        else:
+            output.publish({file_name(target.name): data})
+    return Outcome(target, plan, digests, proof, document)
+
+
+def _step_bytes(steps: list[Step]) -> int:
+    return sum(step.nbytes for step in steps)

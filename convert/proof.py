@@ -1,0 +1,301 @@
+"""The proof: read the artifact back and compare what it says, and what it computes, with the source.
+
+Two independent comparisons:
+
+1. **Tensor by tensor.** The artifact is opened by the same readers as any source. Each canonical tensor's rows are compared
+   with the source's: *byte-equal* (the very bits in canonical encoding), *value-equal* (every number the same, −0 = 0), or
+   the measured error.
+2. **Expert by expert.** For every layer and expert the MoE forward pass on asymmetric probes, computed from the raw tensors of
+   each side by its own format's words (`witness.py`), must agree within what (1) measured. A conversion whose reader and
+   writer share one mistake passes (1) and fails here.
+
+A tensor's **values digest** is BLAKE3 over its leaves' BLAKE3 digests in order; a leaf is up to LEAF_ROWS consecutive rows of
+one expert's matrix (a plain matrix or vector is expert 0) as bfloat16 where the encoding's values are bfloat16's (bf16, mxfp4),
+else as float32, little-endian, −0 written as 0. It names the values whatever the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import blake3
+import numpy as np
+
+from gptoss_convert.convert.names import DOWN, GATE_UP, Shape, as_stack, canonical_shapes, is_expert_matrix, layer_name
+from gptoss_convert.convert.plan import LEAF_ROWS
+from gptoss_convert.convert.run import Advance, Workers
+from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.witness import Witness
+from gptoss_convert.errors import ProofFailed
+from gptoss_convert.kernels import mxfp4
+from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4
+from gptoss_convert.kernels.codecs import encode_float
+from gptoss_convert.kernels.experts import differences, probes
+
+BYTE_EQUAL, VALUE_EQUAL, DIFFERENT = "byte-equal", "value-equal", "different"
+PROBES = 2
+# Summation order and float32 rounding of two routes to one number; anything wrong is of the size of the output itself.
+SAME = 1e-4
+# How far an output may be off when the weights are: a few times their own relative error (both layers of the expert, the
+# activation's slope), but never half of it: a permuted matrix gives 1.4.
+OUTPUT_OVER_WEIGHTS = 6.0
+NEVER_ABOVE = 0.5
+# A weight codec that loses more than this loses the model: a fault, not a rounding.
+WEIGHTS_AT_MOST = 0.45
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """How one canonical tensor came through. rms_error: relative to the source's; largest_error: of a value."""
+
+    name: str
+    shape: Shape
+    source_encoding: str
+    artifact_encoding: str
+    verdict: str
+    values_digest: str
+    values_dtype: str
+    artifact_digest: str | None = None  # where the values differ, of the artifact's, in artifact_dtype
+    artifact_dtype: str | None = None
+    different: int = 0
+    rms_error: float = 0.0
+    largest_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerProof:
+    """Relative error of each expert's output on the probes: |artifact − source| / |source|, largest over the probes."""
+
+    layer: int
+    expert_errors: tuple[float, ...]
+    allowed: float
+
+
+@dataclass
+class Proof:
+    """All tensors and all experts."""
+
+    tensors: list[TensorProof] = field(default_factory=list)
+    layers: list[LayerProof] = field(default_factory=list)
+
+    @property
+    def lossless(self) -> bool:
+        """Every value of every tensor is the source's."""
+        return all(tensor.verdict != DIFFERENT for tensor in self.tensors)
+
+    def count(self, verdict: str) -> int:
+        """Tensors with that verdict."""
+        return sum(tensor.verdict == verdict for tensor in self.tensors)
+
+    @property
+    def worst_output(self) -> float:
+        """The largest relative error of any expert's output."""
+        return max((max(layer.expert_errors) for layer in self.layers), default=0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the certificate."""
+        return {
+            "lossless": self.lossless,
+            "byte_equal": self.count(BYTE_EQUAL),
+            "value_equal": self.count(VALUE_EQUAL),
+            "different": self.count(DIFFERENT),
+            "probes_per_expert": PROBES,
+            "worst_expert_output_error": self.worst_output,
+            "tensors": [
+                {k: v for k, v in asdict(t).items() if v is not None and (t.verdict == DIFFERENT or k not in _ERRORS)}
+                for t in self.tensors
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+_ERRORS = ("different", "rms_error", "largest_error")
+
+
+def prove(source: Source, artifact: Source, *, threads: int, advance: Advance) -> Proof:
+    """Compare and return the proof; ProofFailed if anything is off beyond what the encodings explain."""
+    shapes = canonical_shapes(source.config)
+    _same_model(source, artifact)
+    proof = Proof()
+    leaves = {name: list(_leaves(shape)) for name, shape in shapes.items()}
+    results: dict[tuple[str, int], _Leaf] = {}
+    jobs = [(name, i, leaf) for name, parts in leaves.items() for i, leaf in enumerate(parts)]
+    workers = Workers()
+
+    def compare(job: tuple[str, int, _Range]) -> None:
+        name, index, leaf = job
+        results[name, index] = _compare(source, artifact, name, leaf)
+        advance((leaf.stop - leaf.start) * as_stack(shapes[name])[2])
+
+    workers.each(jobs, compare, threads)
+    workers.join()
+    for name, shape in shapes.items():
+        parts = [results[name, i] for i in range(len(leaves[name]))]
+        proof.tensors.append(_tensor_proof(name, shape, parts, source, artifact))
+    _require_close_weights(proof)
+    _prove_experts(source, artifact, proof, threads, advance)
+    return proof
+
+
+def work_size(source: Source) -> int:
+    """What `prove` reports to `advance` in all: values compared and values multiplied."""
+    shapes = canonical_shapes(source.config)
+    values = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(values.values()) + sum(count for name, count in values.items() if is_expert_matrix(name))
+
+
+def _same_model(source: Source, artifact: Source) -> None:
+    """The artifact's own configuration must describe the same model, as far as its format can say."""
+    mine, theirs = vars(source.config), vars(artifact.config)
+    for key, value in mine.items():
+        if key in ("token_ids", "attention_factor"):
+            continue  # not in every format; what a target cannot express it has refused
+        same = math.isclose(value, theirs[key], rel_tol=1e-6) if isinstance(value, float) else value == theirs[key]
+        if not same:
+            raise ProofFailed("the artifact describes another model", file=artifact.path, found=f"{key} {theirs[key]}", expected=value)
+    artifact.require_sound()
+
+
+# --- tensor by tensor --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Range:
+    expert: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    same_bytes: bool
+    digest: bytes
+    artifact_digest: bytes
+    different: int
+    error: float
+    square: float
+    largest: float
+
+
+def _leaves(shape: Shape) -> Iterator[_Range]:
+    experts, rows, _ = as_stack(shape)
+    for expert in range(experts):
+        for start in range(0, rows, LEAF_ROWS):
+            yield _Range(expert, start, min(start + LEAF_ROWS, rows))
+
+
+def values_dtype(encoding: str) -> str:
+    """The type in which an encoding's values are digested: the smaller that holds them all."""
+    return "bf16" if encoding in ("bf16", "mxfp4") else "f32"
+
+
+def _compare(source: Source, artifact: Source, name: str, leaf: _Range) -> _Leaf:
+    a = source.views[name].read(leaf.expert, leaf.start, leaf.stop)
+    b = artifact.views[name].read(leaf.expert, leaf.start, leaf.stop)
+    if a.shape != b.shape:
+        raise ProofFailed("a tensor came back with another shape", tensor=name, found=b.shape, expected=a.shape)
+    if a.same_bytes(b):
+        return _Leaf(True, digest := leaf_digest(a), digest, 0, 0.0, 0.0, 0.0)
+    count, error, square, largest = 0, 0.0, 0.0, 0.0
+    for start in range(0, a.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        found = differences(a.select(rows).values(), b.select(rows).values())
+        count, error, square = count + found[0], error + found[1], square + found[2]
+        largest = max(largest, found[3])
+    digest = leaf_digest(a)
+    return _Leaf(False, digest, leaf_digest(b) if count else digest, count, error, square, largest)
+
+
+def leaf_digest(chunk: Chunk) -> bytes:
+    """BLAKE3 of a leaf's values, see the module's docstring."""
+    hasher = blake3.blake3()
+    for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
+        rows = chunk.select(slice(start, start + ROWS_AT_ONCE))
+        if isinstance(rows, Mxfp4):
+            hasher.update(memoryview(mxfp4.decode_bf16(rows.blocks, rows.scales)).cast("B"))
+        else:
+            values = rows.values() + np.float32(0)  # turns −0 into 0
+            hasher.update(memoryview(np.ascontiguousarray(encode_float(values, values_dtype(rows.encoding)))).cast("B"))
+    return hasher.digest()
+
+
+def _tensor_proof(name: str, shape: Shape, leaves: list[_Leaf], source: Source, artifact: Source) -> TensorProof:
+    theirs = (source.views[name].encoding, artifact.views[name].encoding)
+    different = sum(leaf.different for leaf in leaves)
+    if all(leaf.same_bytes for leaf in leaves):
+        verdict = BYTE_EQUAL
+    else:
+        verdict = DIFFERENT if different else VALUE_EQUAL
+    square = sum(leaf.square for leaf in leaves)
+    error = math.sqrt(sum(leaf.error for leaf in leaves) / square) if square else 0.0
+    return TensorProof(
+        name, shape, *theirs, verdict,
+        values_digest=blake3.blake3(b"".join(leaf.digest for leaf in leaves)).hexdigest(),
+        values_dtype=values_dtype(theirs[0]),
+        artifact_digest=blake3.blake3(b"".join(leaf.artifact_digest for leaf in leaves)).hexdigest() if different else None,
+        artifact_dtype=values_dtype(theirs[1]) if different else None,
+        different=different,
+        rms_error=_rounded(error if different else 0.0),
+        largest_error=_rounded(max(leaf.largest for leaf in leaves)),
+    )  # fmt: skip
+
+
+def _require_close_weights(proof: Proof) -> None:
+    for tensor in proof.tensors:
+        lossy_codecs = tensor.verdict == DIFFERENT and tensor.source_encoding != tensor.artifact_encoding
+        if tensor.verdict == DIFFERENT and (not lossy_codecs or tensor.rms_error > WEIGHTS_AT_MOST):
+            raise ProofFailed(
+                "a tensor of the artifact does not hold the source's values",
+                tensor=tensor.name,
+                found=f"{tensor.different} values differ, relative error {tensor.rms_error:g}",
+                expected="the same values" if not lossy_codecs else f"an error below {WEIGHTS_AT_MOST}",
+                remedy="this is a fault of the conversion; nothing was written. Please report it",
+            )
+
+
+# --- expert by expert --------------------------------------------------------------------------------------------------
+
+
+def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int, advance: Advance) -> None:
+    config = source.config
+    a, b = Witness(source), Witness(artifact)
+    weight_errors = {tensor.name: tensor.rms_error for tensor in proof.tensors}
+    errors: dict[tuple[int, int], float] = {}
+    values = config.hidden * config.intermediate * 3
+
+    def run(job: tuple[int, int]) -> None:
+        layer, expert = job
+        x = probes(config.hidden, PROBES, seed=layer * config.experts + expert)
+        want = a.expert(layer, expert).forward(x, config.swiglu_limit)
+        got = b.expert(layer, expert).forward(x, config.swiglu_limit)
+        size = np.maximum(np.linalg.norm(want, axis=1), np.finfo(np.float64).tiny)
+        errors[job] = float((np.linalg.norm(got - want, axis=1) / size).max())
+        advance(values)
+
+    workers = Workers()
+    workers.each([(n, e) for n in range(config.layers) for e in range(config.experts)], run, threads)
+    workers.join()
+    for layer in range(config.layers):
+        names = [layer_name(layer, part + suffix) for part in (GATE_UP, DOWN) for suffix in ("", "_bias")]
+        weights = math.hypot(*(weight_errors[name] for name in names))
+        allowed = min(max(OUTPUT_OVER_WEIGHTS * weights, SAME), NEVER_ABOVE)
+        found = tuple(errors[layer, expert] for expert in range(config.experts))
+        proof.layers.append(LayerProof(layer, tuple(map(_rounded, found)), _rounded(allowed)))
+        worst = int(np.argmax(found))
+        if not found[worst] <= allowed:
+            raise ProofFailed(
+                "an expert of the artifact does not compute what the source's computes",
+                file=artifact.path,
+                tensor=f"layer {layer}, expert {worst}",
+                found=f"relative output error {found[worst]:.3g}",
+                expected=f"at most {allowed:.3g}",
+                remedy="this is a fault of the conversion; nothing was written. Please report it",
+            )
+
+
+def _rounded(number: float) -> float:
+    """Six significant digits: what does not depend on the machine's last bit."""
+    return float(f"{number:.6g}")

@@ -1,0 +1,142 @@
+"""`gptoss-convert convert`: the command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert.cli.output import Advance, emit, human_bytes, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gptoss_convert.convert.conversion import Outcome
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+class Size(click.ParamType):
+    """A number of bytes with a decimal (4GB) or binary (4GiB) unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Text → bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", str(value).upper())
+        if not match or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size such as 4GB or 512MiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+@click.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["gguf", "hf", "original", "bf16"]), help="What to write.")
+@click.option(
+    "--experts",
+    default="auto",
+    type=click.Choice(["auto", "mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32"]),
+    help="GGUF: codec of the experts. auto keeps the source's.",
+)
+@click.option(
+    "--dense",
+    default="auto",
+    type=click.Choice(["auto", "bf16", "f16", "f32", "q8_0"]),
+    help="GGUF: codec of embedding, head and attention. auto keeps the source's.",
+)
+@click.option("--split-size", type=Size(), help="Divide the output into files of at most this much tensor data: 4GB.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
+@click.option("--name", help="GGUF: general.name, such as my-org/my-finetune-20B.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none.")
+@click.option("--gate-proj", type=click.Choice(["deinterleaved", "halves"]), help="What gate_proj means in SRC.")
+@click.option("--dry-run", is_flag=True, help="Print the plan: sizes, memory, every tensor's fate. Writes nothing.")
+@click.option("--no-proof", is_flag=True, help="Do not read the output back and compare it with the source.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(
+    src: Path,
+    out: Path,
+    to: str,
+    experts: str,
+    dense: str,
+    split_size: int | None,
+    threads: int,
+    name: str | None,
+    tokenizer: Path | None,
+    gate_proj: str | None,
+    dry_run: bool,
+    no_proof: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Convert SRC (a folder, a file, a hub snapshot) into OUT, and prove that OUT computes what SRC computes.
+
+    A certificate is written beside OUT. OUT appears when it is complete and proved, never before; a run that was killed is
+    taken up by running the same command again.
+    """
+    from gptoss_convert.convert import conversion
+
+    options = conversion.Options(
+        to, experts, dense, split_size, threads, not no_proof, name, tokenizer, gate_proj, overwrite
+    )
+    if dry_run:
+        with conversion.open_for(src, options) as source:
+            plan = conversion.make_plan(source, out, options)
+            forecast = conversion.forecast(source, plan, options)
+        emit(forecast, as_json, lambda console: _show_plan(console, forecast))
+        return
+
+    @contextmanager
+    def show(label: str, total: int) -> Iterator[Advance]:
+        with progress(label, total) as advance:
+            yield advance
+
+    outcome = conversion.convert(src, out, options, show)
+    emit(_result(outcome), as_json, lambda console: _show_outcome(console, outcome))
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    return {"target": str(outcome.target), "bytes": outcome.plan.output_bytes, "certificate": outcome.document}
+
+
+def _show_plan(console: Console, forecast: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("source tensor", "from", "output tensor", "codec", "bytes", "fate", box=None, header_style="bold")
+    for row in forecast["tensors"]:
+        table.add_row(row["source"], row["from"], row["tensor"], row["codec"], f"{row['bytes']:,}", row["fate"])
+    console.print(table, markup=False)
+    for file in forecast["files"]:
+        console.print(f"{file['size']:>16,}  {file['name']}", markup=False)
+    console.print(f"{forecast['output_bytes']:>16,}  bytes in all ({human_bytes(forecast['output_bytes'])})")
+    console.print(f"peak memory at most {human_bytes(forecast['peak_memory_bytes'])}, {forecast['threads']} threads")
+    for note in [*forecast["source"]["notes"], *forecast["source"]["losses"], *forecast["notes"]]:
+        console.print(f"note: {note}", markup=False)
+
+
+def _show_outcome(console: Console, outcome: Outcome) -> None:
+    document, proof = outcome.document, outcome.proof
+    console.print(f"written  {outcome.target} ({human_bytes(outcome.plan.output_bytes)})", markup=False)
+    source = document["source"]
+    what = "every weight file is the official one" if source["official"] else "weights without an official digest"
+    console.print(f"source   {source['layout']}, {source['model'] or 'own widths'}: {what}", markup=False)
+    for note in [*source["notes"], *document["artifact"]["notes"]]:
+        console.print(f"note     {note}", markup=False)
+    if proof is None:
+        console.print("proof    not made (--no-proof)")
+        return
+    experts = sum(len(layer.expert_errors) for layer in proof.layers)
+    console.print(
+        f"proof    {len(proof.tensors)} tensors: {proof.count('byte-equal')} byte-equal, "
+        f"{proof.count('value-equal')} value-equal, {proof.count('different')} rounded"
+    )
+    console.print(f"         {experts} experts compute the same on probes: largest difference {proof.worst_output:.2g}")
+    for line in document["lost"]:
+        console.print(f"lost     {line}", markup=False)
+    if not document["lost"]:
+        console.print("lost     nothing", style="green")
