@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from typing import Any
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
 from gptoss_convert.convert.names import canonical_shapes, is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
+from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
-from gptoss_convert.convert.run import Advance, Digests, execute
+from gptoss_convert.convert.run import Digests, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
@@ -27,7 +26,6 @@ from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
 
 TARGETS = ("gguf", "hf", "original", "bf16")
 STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
-ShowProgress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,12 @@ def thread_count(source: Source, plan: Plan, wanted: int) -> int:
     """Threads to run with: as many as asked for, or cores, but no more than the memory bound allows."""
     shapes = canonical_shapes(source.config)
     one = peak_memory(plan, shapes, 1) - peak_memory(plan, shapes, 0)
-    return max(1, min(wanted or len(os.sched_getaffinity(0)), STEP_MEMORY // max(one, 1)))
+    return max(1, min(wanted or cores(), STEP_MEMORY // max(one, 1)))
+
+
+def cores() -> int:
+    """Cores that this process may use; where the system does not tell, all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def _fate(encoding: str, codec: str) -> str:
 
 def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> Outcome:
     """Convert; the artifact, proved, stands under its name when this returns."""
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     folder = options.to != "gguf" or options.split_bytes is not None
     with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
         plan = make_plan(source, target, options)

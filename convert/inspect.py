@@ -4,8 +4,7 @@
                 ├─► inspect_values: every value                          ├─► Inspection
                 └─► inspect_beside: tokenizer, templates, other files  ──┘
 
-A verdict on the weights is `verify`'s; here "official" is said of a tokenizer or a template, by its digest, and of nothing
-else.
+A verdict on the weights is `verify`'s; "official" is said here of tokenizers and templates only, by their digests.
 """
 
 from __future__ import annotations
@@ -29,17 +28,19 @@ from gptoss_convert.convert.names import (
     split_name,
 )
 from gptoss_convert.convert.source import DESCRIPTION, Layout, Problem, Source, StoredTensor, open_source
+from gptoss_convert.convert.source_safetensors import INDEX
 from gptoss_convert.errors import ExitCode, printable
 from gptoss_convert.formats.gguf import Value
 from gptoss_convert.formats.sniff import EXECUTABLE, Kind
 from gptoss_convert.formats.tree import TreeFile, source_root, walk
 
 MAX_TEXT = 2000  # characters of a metadata value that are shown
+UNEXPECTED = "a tensor that gpt-oss does not have"  # as the sources say it
 
 
 @dataclass(frozen=True)
 class FileFact:
-    """A file of the source. role: weights, companion, pickle (never opened) or other (not read)."""
+    """A file of the source. role: weights, configuration, companion, pickle (never opened), other (not read)."""
 
     name: str
     nbytes: int
@@ -99,14 +100,9 @@ class Inspection:
         order = sorted(tensors, key=lambda dtype: (-nbytes[dtype], dtype))
         return [{"dtype": dtype, "tensors": tensors[dtype], "bytes": nbytes[dtype]} for dtype in order]
 
-    @property
-    def sound(self) -> bool:
-        """Whether nothing was found that would stop a conversion."""
-        return not any(oddity.severity == ERROR for oddity in self.oddities)
-
     def exit_code(self) -> ExitCode:
-        """What the command ends with."""
-        return ExitCode.OK if self.sound else ExitCode.BAD_INPUT
+        """What the command ends with: OK unless something was found that would stop a conversion."""
+        return ExitCode.BAD_INPUT if any(o.severity == ERROR for o in self.oddities) else ExitCode.OK
 
     def as_dict(self) -> dict[str, Any]:
         """The whole, for `--json`."""
@@ -133,7 +129,7 @@ class Inspection:
             "notes": self.notes,
             "losses": self.losses,
             "oddities": [asdict(oddity) for oddity in self.oddities],
-            "sound": self.sound,
+            "sound": self.exit_code() is ExitCode.OK,
             "exit_code": int(self.exit_code()),
         }
 
@@ -201,24 +197,25 @@ def _fused(name: str) -> str:
 
 
 def _problems(source: Source) -> list[Oddity]:
-    """The source's problems, without those that only follow from another one."""
+    """The source's problems, each once, without those that only follow from another one."""
     canonical = canonical_shapes(source.config)
-    misshapen = {p.tensor for p in source.problems if p.found and p.expected}
+    misshapen = {p.tensor for p in source.problems if p.found and p.what != UNEXPECTED}
 
     def follows(problem: Problem) -> bool:
         name = problem.tensor
         if problem.found:
-            return problem.expected is None and name in misshapen
+            return problem.what == UNEXPECTED and name in misshapen
         if name not in canonical:
             return False
         fused = source.layout is Layout.ORIGINAL and original_name(name) is None
         return name in source.names or (fused and _fused(name) in misshapen)
 
-    return [
+    odd = [
         Oddity(ERROR, p.what, stored_name(source, p.tensor) if p.tensor in canonical else p.tensor, p.found, p.expected)
         for p in source.problems
         if not follows(p)
     ]
+    return list(dict.fromkeys(odd))
 
 
 def _files(source: Source, beside: list[TreeFile], kinds: Mapping[str, Kind | None]) -> list[FileFact]:
@@ -226,7 +223,11 @@ def _files(source: Source, beside: list[TreeFile], kinds: Mapping[str, Kind | No
     read = {file.name for file in weights}
 
     def role(name: str) -> str:
-        return "pickle" if kinds[name] in EXECUTABLE else "companion" if name in source.companions else "other"
+        if kinds[name] in EXECUTABLE:
+            return "pickle"
+        if name in ("config.json", INDEX) and source.layout not in (Layout.GGUF, Layout.METAL):
+            return "configuration"
+        return "companion" if name in source.companions else "other"
 
     return weights + [FileFact(file.name, file.size, role(file.name)) for file in beside if file.name not in read]
 

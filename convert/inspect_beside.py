@@ -1,4 +1,4 @@
-"""What the inspector learns of a source beside its tensors: tokenizer, chat templates, and what else lies in the folder.
+"""What the inspector learns of a source beside its tensors: tokenizer, chat templates, other files in the folder.
 
 Templates are hashed and never rendered, pickles are told by their first bytes and never opened.
 """
@@ -35,7 +35,7 @@ class Oddity:
     expected: str | None = None
 
 
-# --- tokenizer and templates -------------------------------------------------------------------------------------------
+# --- tokenizer and templates ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _reason(error: Exception) -> str:
     return error.what if isinstance(error, GptOssError) else f"{type(error).__name__}: {error}"
 
 
-# --- files beside ------------------------------------------------------------------------------------------------------
+# --- files beside ---------------------------------------------------------------------------------------------------
 
 
 def kinds_of(files: list[TreeFile]) -> dict[str, Kind | None]:

@@ -210,4 +210,3 @@ def greedy_shards(sizes: Sequence[tuple[str, int]], limit: int) -> Iterator[list
         total += size
     if shard:
         yield shard
-

@@ -26,7 +26,8 @@ import numpy as np
 
 from gptoss_convert.convert.names import DOWN, GATE_UP, Shape, as_stack, canonical_shapes, is_expert_matrix, layer_name
 from gptoss_convert.convert.plan import LEAF_ROWS
-from gptoss_convert.convert.run import Advance, Workers
+from gptoss_convert.convert.progress import Advance
+from gptoss_convert.convert.run import Workers
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.witness import Witness
 from gptoss_convert.errors import ProofFailed
@@ -155,7 +156,9 @@ def _same_model(source: Source, artifact: Source) -> None:
             continue  # not in every format; what a target cannot express it has refused
         same = math.isclose(value, theirs[key], rel_tol=1e-6) if isinstance(value, float) else value == theirs[key]
         if not same:
-            raise ProofFailed("the artifact describes another model", file=artifact.path, found=f"{key} {theirs[key]}", expected=value)
+            raise ProofFailed(
+                "the artifact describes another model", file=artifact.path, found=f"{key} {theirs[key]}", expected=value
+            )
     artifact.require_sound()
 
 
@@ -215,10 +218,10 @@ def leaf_digest(chunk: Chunk) -> bytes:
     for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
         rows = chunk.select(slice(start, start + ROWS_AT_ONCE))
         if isinstance(rows, Mxfp4):
-            hasher.update(memoryview(mxfp4.decode_bf16(rows.blocks, rows.scales)).cast("B"))
+            hasher.update(mxfp4.decode_bf16(rows.blocks, rows.scales).data)
         else:
             values = rows.values() + np.float32(0)  # turns −0 into 0
-            hasher.update(memoryview(np.ascontiguousarray(encode_float(values, values_dtype(rows.encoding)))).cast("B"))
+            hasher.update(np.ascontiguousarray(encode_float(values, values_dtype(rows.encoding))).data)
     return hasher.digest()
 
 

@@ -18,6 +18,7 @@ import blake3
 import numpy as np
 
 from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
+from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.output import Output
@@ -25,7 +26,6 @@ from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
 from gptoss_convert.quant.encode import encode, encode_packed
 
-Advance = Callable[[int], None]
 READ_BYTES = 8 << 20
 
 

@@ -7,7 +7,6 @@ canonical tensors in place. Nothing of a tensor's data is read here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -196,7 +195,6 @@ def _open_folder(folder: Path, gate_proj: str | None) -> Source:
         return open_safetensors(folder, tensors, gate_proj)
     if ggufs:
         from gptoss_convert.convert.source_gguf import open_gguf
-
         from gptoss_convert.formats.gguf_split import open_split
 
         if len(open_split(files[ggufs[0]])) != len(ggufs):
@@ -223,5 +221,5 @@ def _what_is_there(files: Mapping[str, Path], kinds: Mapping[str, Kind | None]) 
 
 
 def _hint(files: Mapping[str, Path]) -> str | None:
-    below = sorted({os.path.dirname(name) for name in files if name.endswith((".safetensors", ".gguf", "model.bin"))})
+    below = sorted({name.rpartition("/")[0] for name in files if name.endswith((".safetensors", ".gguf", "model.bin"))})
     return f"there is one in {printable(below[0])}/" if below else None

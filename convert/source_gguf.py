@@ -68,14 +68,18 @@ def _build(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Sourc
     used = {stored for names in source.names.values() for stored in names}
     for name, (_, info) in tensors.items():
         if name not in used:
-            source.problems.append(Problem("a tensor that gpt-oss does not have", name, f"{info.type_name} {info.shape}"))
+            source.problems.append(
+                Problem("a tensor that gpt-oss does not have", name, f"{info.type_name} {info.shape}")
+            )
     source.stored = [
         StoredTensor(name, info.type_name, tuple(reversed(info.shape)), info.nbytes, file.name)
         for name, (file, info) in tensors.items()
     ]
     source.companions = gguf_companions(metadata)
     if OWN_TRUNCATE not in metadata:
-        source.notes.append("GGUF does not say whether YaRN's bounds are truncated; the release's answer (no) is assumed")
+        source.notes.append(
+            "GGUF does not say whether YaRN's bounds are truncated; the release's answer (no) is assumed"
+        )
     return source
 
 
@@ -99,7 +103,9 @@ def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]  # some writers give one number a layer
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise BadInput("a metadata key is missing or out of range", file=where, tensor=prefix + key, found=repr(value))
+            raise BadInput(
+                "a metadata key is missing or out of range", file=where, tensor=prefix + key, found=repr(value)
+            )
         return value
 
     def number(key: str, default: float) -> float:
@@ -152,7 +158,9 @@ def _sliding(metadata: Mapping[str, Value], layers: int, where: object) -> tuple
         return tuple(bool(flag) for flag in pattern)
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 0:
         return tuple(n % pattern < pattern - 1 for n in range(layers))
-    raise BadInput("the sliding window pattern does not fit", file=where, found=repr(pattern)[:80], expected=f"{layers} flags")
+    raise BadInput(
+        "the sliding window pattern does not fit", file=where, found=repr(pattern)[:80], expected=f"{layers} flags"
+    )
 
 
 def _add(source: Source, name: str, tensors: Tensors) -> None:

@@ -55,19 +55,28 @@ def open_metal(path: Path) -> Source:
         f"vocabulary rows from {config.vocab} on are not in the file (the release has {MAX_RELEASED_ROWS} rows)"
     )
     source.losses.append("no chat template and no generation defaults are in the file")
-    source.notes.append("q and k are unrotated, their folded factors and the scales' offset taken out: exact in bfloat16")
+    source.notes.append(
+        "q and k are unrotated, their folded factors and the scales' offset taken out: exact in bfloat16"
+    )
     source.check_shapes()
     return source
 
 
 def _config(header: MetalHeader, path: Path) -> ModelConfig:
-    counts = (header.blocks, header.experts, header.active_experts, header.hidden, header.intermediate)
-    counts += (header.head_dim, header.heads, header.kv_heads, header.window, header.context_length)
+    widths = (header.hidden, header.intermediate, header.head_dim, header.heads, header.kv_heads)
+    counts = (header.blocks, header.experts, header.active_experts, header.window, header.context_length, *widths)
     scale, theta, step = header.interpolation_scale, header.rope_theta, header.yarn_scale
     plain = all(0 < count < 1 << 24 for count in counts) and header.blocks <= 4096 and header.experts <= 4096
     if header.head_dim != 64:  # 0.5 · 0.25 = 1/√64 is folded into q and k: the only head size the format knows
         raise BadInput("metal's format has heads of 64 only", file=path, found=header.head_dim)
-    if not plain or not 0 < scale <= 1 or not 1 < theta < 1e12 or not 0 < step < 1e6 or header.hidden % 32 or header.intermediate % 32:
+    if (
+        not plain
+        or not 0 < scale <= 1
+        or not 1 < theta < 1e12
+        or not 0 < step < 1e6
+        or header.hidden % 32
+        or header.intermediate % 32
+    ):
         raise BadInput("a number in the header is out of range", file=path, found=f"{counts}, {scale}, {theta}, {step}")
     original = round(header.context_length * scale)
 
@@ -152,7 +161,11 @@ def _list(source: Source, name: str, dtype: str, shape: tuple[int, ...], nbytes:
 def _add_attention(source: Source, layer: int, weight: Stored, bias: Stored) -> None:
     config = source.config
     first = 0
-    for part, rows, factor in (("q", config.q_rows, Q_FACTOR), ("k", config.kv_rows, K_FACTOR), ("v", config.kv_rows, None)):
+    for part, rows, factor in (
+        ("q", config.q_rows, Q_FACTOR),
+        ("k", config.kv_rows, K_FACTOR),
+        ("v", config.kv_rows, None),
+    ):
         for suffix, base, columns in (("weight", weight, False), ("bias", bias, True)):
             name = layer_name(layer, f"self_attn.{part}_proj.{suffix}")
             view = RowRange(base, first, rows, columns)

@@ -157,8 +157,7 @@ def _build(folder: Path, files: list[SourceFile], tensors: Tensors, gate_proj: s
         source = _open_hf(folder, tensors, gate_proj)
     source.files = files
     source.stored = [
-        StoredTensor(t.entry.name, t.entry.dtype, t.entry.shape, t.entry.nbytes, t.file.name)
-        for t in tensors.values()
+        StoredTensor(t.entry.name, t.entry.dtype, t.entry.shape, t.entry.nbytes, t.file.name) for t in tensors.values()
     ]
     used = {name for names in source.names.values() for name in names}
     for name, tensor in tensors.items():
@@ -238,7 +237,9 @@ def _add_packed(source: Source, name: str, tensors: Tensors, blocks_name: str, s
     fits = len(shape) == 4 and shape[3] == 16 and shape[:3] == groups
     if blocks.entry.dtype != "U8" or scales.entry.dtype != "U8" or not fits:
         found = f"{blocks.entry.dtype} {list(shape)}, scales {scales.entry.dtype} {list(groups)}"
-        source.problems.append(Problem("packed experts of the wrong form", blocks_name, found, "U8 [E, R, G, 16], [E, R, G]"))
+        source.problems.append(
+            Problem("packed experts of the wrong form", blocks_name, found, "U8 [E, R, G, 16], [E, R, G]")
+        )
         source.names[name] = (blocks_name, scales_name)
         return
     stack = (shape[0], shape[1], shape[2] * 32)
@@ -342,8 +343,6 @@ def _add_per_expert(source: Source, prefix: str, tensors: Tensors, config: Model
         names = sum((source.names.pop(f"{prefix}{part}{suffix}", ()) for part in ("gate", "up")), ())
         if gate is not None and up is not None:
             _add(source, prefix + GATE_UP + suffix, Alternating(gate, up, columns), *names)
-
-
 
 
 def _note_config(source: Source, table: Mapping[str, object]) -> None:

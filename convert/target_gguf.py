@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-
 import numpy as np
 
 from gptoss_convert.config import ModelConfig, default_sliding
@@ -91,7 +90,9 @@ def _slots(name: str, shape: Shape, experts: str, dense: str) -> list[Slot]:
     if is_gate_up(name):
         codec = experts if is_expert_matrix(name) else "f32"
         halved = (shape[0], shape[1] // 2, *shape[2:])
-        return [Slot(there, codec, halved, part) for there, part in zip(gguf_gate_up(name), ("gate", "up"), strict=True)]
+        return [
+            Slot(there, codec, halved, part) for there, part in zip(gguf_gate_up(name), ("gate", "up"), strict=True)
+        ]
     there = gguf_name(name)
     assert there is not None
     if is_expert_matrix(name):
@@ -205,5 +206,3 @@ def vocabulary_keys(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tupl
     if vocabulary.template is not None:
         keys.append(("tokenizer.chat_template", string(vocabulary.template)))
     return keys
-
-

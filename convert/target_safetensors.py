@@ -57,10 +57,7 @@ def plan_hf(source: Source, shard_bytes: int | None = None) -> Plan:
 def plan_bf16(source: Source, shard_bytes: int | None = None) -> Plan:
     """Canonical bf16: the form that transformers holds in memory."""
     shapes = canonical_shapes(source.config)
-    slots = {
-        name: [Slot(name, "bf16", (shape[0], shape[2], shape[1]), transposed=True) if is_expert_matrix(name) else Slot(name, "bf16", shape)]
-        for name, shape in shapes.items()
-    }  # fmt: skip
+    slots = {name: [_bf16_slot(name, shape)] for name, shape in shapes.items()}
     plan = Plan("bf16", {"split_bytes": shard_bytes}, [], slots, {})
     shards = _shards(slots, list(shapes), shard_bytes or BF16_SHARD_BYTES)
     count = len(shards)
@@ -82,7 +79,9 @@ def plan_original(source: Source, shard_bytes: int | None = None) -> Plan:
     slots = {name: _original_slots(name, shape, config) for name, shape in canonical_shapes(config).items()}
     plan = Plan("original", {"split_bytes": shard_bytes}, [], slots, {})
     unique = {slot.name: slot for group in slots.values() for slot in group}
-    parts = list(greedy_shards([(n, slot_bytes(unique[n])) for n in sorted(unique)], shard_bytes or ORIGINAL_SHARD_BYTES))
+    parts = list(
+        greedy_shards([(n, slot_bytes(unique[n])) for n in sorted(unique)], shard_bytes or ORIGINAL_SHARD_BYTES)
+    )
     # 20b is one file of 13.8 GB all the same: the limit divides only what 120b's many experts make.
     if shard_bytes is None and sum(map(slot_bytes, unique.values())) < 2 * ORIGINAL_SHARD_BYTES:
         parts = [sorted(unique)]
@@ -101,7 +100,9 @@ def plan_original(source: Source, shard_bytes: int | None = None) -> Plan:
 def _require_blocks(config: ModelConfig) -> None:
     for width, name in ((config.hidden, "hidden size"), (config.intermediate, "intermediate size")):
         if width % 32:
-            raise Refused("MXFP4 blocks do not divide the experts' rows", found=f"{name} {width}", expected="a multiple of 32")
+            raise Refused(
+                "MXFP4 blocks do not divide the experts' rows", found=f"{name} {width}", expected="a multiple of 32"
+            )
 
 
 def _require_original(source: Source) -> None:
@@ -118,7 +119,10 @@ def _require_original(source: Source) -> None:
     for key, (found, built_in) in problems.items():
         if found != built_in:
             raise Refused(
-                f"original/config.json cannot express this model's {key}", file=source.path, found=found, expected=built_in
+                f"original/config.json cannot express this model's {key}",
+                file=source.path,
+                found=found,
+                expected=built_in,
             )
 
 
@@ -130,6 +134,13 @@ def _hf_slots(name: str, shape: Shape) -> list[Slot]:
         Slot(name + "_blocks", BLOCKS, (experts, rows, columns // 32, 16)),
         Slot(name + "_scales", SCALES, (experts, rows, columns // 32)),
     ]
+
+
+def _bf16_slot(name: str, shape: Shape) -> Slot:
+    if not is_expert_matrix(name):
+        return Slot(name, "bf16", shape)
+    experts, rows, columns = shape
+    return Slot(name, "bf16", (experts, columns, rows), transposed=True)
 
 
 def _original_slots(name: str, shape: Shape, config: ModelConfig) -> list[Slot]:

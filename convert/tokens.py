@@ -197,7 +197,9 @@ def build_tokenizer(normal: Mapping[str, int], merges: Sequence[Any], special: M
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False)
     levels = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, levels])
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    # The stubs do not know that a decoder takes the options which the release's file has.
+    byte_level: Any = decoders.ByteLevel
+    tokenizer.decoder = byte_level(add_prefix_space=True, trim_offsets=True, use_regex=True)
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False, use_regex=True)
     tokenizer.add_special_tokens([AddedToken(special[i], normalized=False, special=True) for i in sorted(special)])
     with tempfile.TemporaryDirectory() as folder:  # `save` is the only writer of the indented form

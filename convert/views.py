@@ -280,7 +280,7 @@ class Rotated:
 
 
 def _bytes(file: SourceFile, offset: int, rows: int, row_bytes: int) -> U8:
-    return np.frombuffer(file.read(offset, rows * row_bytes), np.uint8).reshape(rows, row_bytes)
+    return file.read_array(offset, rows * row_bytes).reshape(rows, row_bytes)
 
 
 def _rows(view: View, expert: int, start: int, stop: int) -> U8:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.formats.files import SourceFile
@@ -26,7 +25,7 @@ from gptoss_convert.kernels.experts import F64, activation, product
 from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.witness import decode_ggml, decode_release
 
-ROWS = 64
+ROWS, READ_ROWS = 64, 1024
 _WIDTH = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
@@ -41,11 +40,11 @@ class Raw:
 
     def rows(self, first: int, count: int, row_bytes: int) -> U8:
         """`count` rows of bytes from row `first` on, the tensor seen as rows of `row_bytes`."""
-        data = self.file.read(self.offset + first * row_bytes, count * row_bytes)
-        return np.frombuffer(data, np.uint8).reshape(count, row_bytes)
+        return self.file.read_array(self.offset + first * row_bytes, count * row_bytes).reshape(count, row_bytes)
 
 
 Matrix = Callable[[F32], F64]  # probes f32 [P, C] → products f64 [P, R]
+Fetch = Callable[[int, int], tuple[U8, ...]]  # first row, count → the bytes of these rows, as the decoder takes them
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ class Witness:
             return self._gguf(layer, expert)
         if self.layout is Layout.ORIGINAL:
             stem = f"block.{layer}.mlp."
-            return self._packed([stem + "mlp1_weight", stem + "mlp2_weight"], [stem + "mlp1_bias", stem + "mlp2_bias"], ".", expert)
+            return self._packed(
+                [stem + "mlp1_weight", stem + "mlp2_weight"], [stem + "mlp1_bias", stem + "mlp2_bias"], ".", expert
+            )
         stem = f"model.layers.{layer}.mlp.experts."
         if self.layout is Layout.HF:
             names = [stem + "gate_up_proj", stem + "down_proj"]
@@ -109,18 +110,18 @@ class Witness:
         blocks, scales = self._raw[f"{name}{joint}blocks"], self._raw[f"{name}{joint}scales"]
         _, out, groups, _ = blocks.shape
 
-        def rows(first: int, count: int) -> F32:
+        def fetch(first: int, count: int) -> tuple[U8, ...]:
             at = expert * out + first
-            return decode_release(blocks.rows(at, count, groups * 16), scales.rows(at, count, groups))
+            return blocks.rows(at, count, groups * 16), scales.rows(at, count, groups)
 
-        return _once(_product_of(rows, out))
+        return _once(_product_of(fetch, decode_release, out))
 
     def _gguf(self, layer: int, expert: int) -> Expert:
         """ggml: [in, out, expert] with `in` fastest, so each expert's rows are outputs; gate and up are two tensors."""
         parts = {p: f"blk.{layer}.ffn_{p}_exps." for p in ("gate", "up", "down")}
         matrices = {p: self._ggml_product(self._raw[name + "weight"], expert) for p, name in parts.items()}
         biases = {p: self._vector(name + "bias", expert) for p, name in parts.items()}
-        return Expert(*matrices.values(), *biases.values())
+        return Expert(matrices["gate"], matrices["up"], matrices["down"], biases["gate"], biases["up"], biases["down"])
 
     @staticmethod
     def _ggml_product(raw: Raw, expert: int) -> Matrix:
@@ -128,7 +129,7 @@ class Witness:
         codec = CODECS[raw.kind]
         size = codec.row_bytes(columns)
         decode = decode_ggml if raw.kind == "mxfp4" else codec.decode
-        return _product_of(lambda first, count: decode(raw.rows(expert * out + first, count, size)), out)
+        return _product_of(lambda first, count: (raw.rows(expert * out + first, count, size),), decode, out)
 
     def _metal(self, layer: int, expert: int) -> Expert:
         """Records counted from the end of the file, where the last layer's last expert stops."""
@@ -142,7 +143,7 @@ class Witness:
             blocks = Raw(self._file, at, "U8", (out, columns // 2))
             scales = Raw(self._file, at + out * columns // 2, "U8", (out, columns // 32))
             bias = Raw(self._file, at + out * columns * 17 // 32, "BF16", (1, out))
-            products.append(_once(_product_of(_metal_rows(blocks, scales), out)))
+            products.append(_once(_product_of(_metal_rows(blocks, scales), decode_release, out)))
             biases.append(_numbers(bias, 0, out))
             at += out * columns * 17 // 32 + 2 * out
         return Expert(
@@ -204,7 +205,7 @@ class Witness:
         out, columns = raw.shape
         codec = CODECS[_WIDTH[raw.kind]]
         size = codec.row_bytes(columns)
-        return _product_of(lambda first, count: codec.decode(raw.rows(first, count, size)), out)
+        return _product_of(lambda first, count: (raw.rows(first, count, size),), codec.decode, out)
 
     def _vector(self, name: str, row: int) -> F64:
         raw = self._raw[name]
@@ -215,22 +216,30 @@ def _numbers(raw: Raw, first: int, count: int) -> F64:
     codec = CODECS[_WIDTH.get(raw.kind, raw.kind)]
     width = codec.row_bytes(1)
     data = raw.file.read(raw.offset + first * width, count * width)
-    return codec.decode(np.frombuffer(data, np.uint8).reshape(1, -1))[0].astype(np.float64)
+    numbers: F64 = codec.decode(np.frombuffer(data, np.uint8).reshape(1, -1))[0].astype(np.float64)
+    return numbers
 
 
-def _metal_rows(blocks: Raw, scales: Raw) -> Callable[[int, int], F32]:
-    def rows(first: int, count: int) -> F32:
+def _metal_rows(blocks: Raw, scales: Raw) -> Fetch:
+    def fetch(first: int, count: int) -> tuple[U8, ...]:
         # What the kernels do: the stored scale is 14 above, and the codes are decoded 2^14 too small.
         stored = scales.rows(first, count, scales.shape[1]).astype(np.int16) - 14
-        return decode_release(blocks.rows(first, count, blocks.shape[1]), stored.astype(np.uint8))
+        return blocks.rows(first, count, blocks.shape[1]), stored.astype(np.uint8)
 
-    return rows
+    return fetch
 
 
-def _product_of(rows: Callable[[int, int], F32], out: int) -> Matrix:
+def _product_of(fetch: Fetch, decode: Callable[..., F32], out: int) -> Matrix:
+    """Read READ_ROWS at a time, decode and multiply ROWS of them, which fit a core's cache."""
+
     def multiply(x: F32) -> F64:
-        parts = [product(rows(first, min(ROWS, out - first)), x) for first in range(0, out, ROWS)]
-        return np.concatenate(parts, axis=1)
+        result = np.empty((len(x), out), np.float64)
+        for first in range(0, out, READ_ROWS):
+            raw = fetch(first, min(READ_ROWS, out - first))
+            for start in range(0, len(raw[0]), ROWS):
+                part = product(decode(*(array[start : start + ROWS] for array in raw)), x)
+                result[:, first + start : first + start + part.shape[1]] = part
+        return result
 
     return multiply
 

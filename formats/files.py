@@ -13,9 +13,13 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gptoss_convert.errors import BadInput, InputChanged
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 64 << 20
@@ -59,6 +63,14 @@ class SourceFile:
     def read(self, offset: int, nbytes: int) -> bytearray:
         """Exactly `nbytes` bytes from `offset`, or an error."""
         buffer = bytearray(self._checked(offset, nbytes))
+        self.read_into(offset, buffer)
+        return buffer
+
+    def read_array(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """The same as an array, without first filling it with zeros: for tensor data."""
+        import numpy
+
+        buffer = numpy.empty(self._checked(offset, nbytes), numpy.uint8)
         self.read_into(offset, buffer)
         return buffer
 

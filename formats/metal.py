@@ -19,7 +19,7 @@ whole u16 (the reference reader takes one byte of it, though one o200k token has
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from uuid import UUID
 
 from gptoss_convert.errors import BadInput
@@ -29,6 +29,7 @@ MAGIC = b"GPT-OSS v1.0\0\0\0\0"
 MODEL = UUID("df52dc86-1789-4ed0-a295-66f10508145b").bytes
 APPLE_GPU = UUID("229177a8-5775-4268-bfd8-d588b351c56d").bytes
 TIKTOKEN = UUID("7401aded-2a95-40cb-b782-9ccebaafe72b").bytes
+_IDENTIFIERS = ((0, MAGIC, "magic"), (16, MODEL, "model"), (100, APPLE_GPU, "layout"), (116, TIKTOKEN, "tokenizer"))
 PAGE = 16384
 MAX_TOKENS, MAX_SECTION = 1 << 20, 64 << 20
 _NUMBERS = struct.Struct("<6If4I6f")
@@ -74,9 +75,12 @@ class MetalHeader:
 def read_header(file: SourceFile) -> MetalHeader:
     """Everything before the weights, each count checked against the file before it is believed."""
     head = bytes(file.read(0, min(148, file.size)))
-    for at, expected, what in ((0, MAGIC, "magic"), (16, MODEL, "model"), (100, APPLE_GPU, "layout"), (116, TIKTOKEN, "tokenizer")):
+    for at, expected, what in _IDENTIFIERS:
         if head[at : at + 16] != expected:
-            raise BadInput(f"the {what} identifier is not gpt-oss's", file=file.path, found=head[at : at + 16].hex(), expected=expected.hex())  # fmt: skip
+            raise BadInput(
+                f"the {what} identifier is not gpt-oss's",
+                file=file.path, found=head[at : at + 16].hex(), expected=expected.hex(),
+            )  # fmt: skip
     if len(head) < 148:
         raise BadInput("the file ends inside its header", file=file.path, found=f"{file.size} bytes")
     special_count, text_count, regex_bytes, tokens_bytes = _COUNTS.unpack_from(head, 132)
@@ -86,12 +90,9 @@ def read_header(file: SourceFile) -> MetalHeader:
     specials = bytes(file.read(148, 16 * special_count))
     section = bytes(file.read(at + regex_bytes, tokens_bytes))
     end = at + regex_bytes + tokens_bytes
-    return MetalHeader(
-        *_NUMBERS.unpack_from(head, 32),
-        tokens=_tokens(section, text_count, file),
-        specials=tuple(specials[i : i + 16] for i in range(0, len(specials), 16)),
-        weights_start=end + -end % PAGE,
-    )
+    uuids = tuple(specials[i : i + 16] for i in range(0, len(specials), 16))
+    values = (*_NUMBERS.unpack_from(head, 32), _tokens(section, text_count, file), uuids, end + -end % PAGE)
+    return MetalHeader(**dict(zip((f.name for f in fields(MetalHeader)), values, strict=True)))
 
 
 def _tokens(section: bytes, count: int, file: SourceFile) -> tuple[bytes, ...]:

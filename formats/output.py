@@ -77,7 +77,7 @@ class Output:
 
     def _earlier(self, plan_digest: str) -> list[dict[str, Any]]:
         records = []
-        with open(self.partial / JOURNAL, encoding="utf-8", errors="replace") as lines:
+        with (self.partial / JOURNAL).open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if not line.endswith("\n"):
                     break  # torn by the kill
@@ -105,7 +105,7 @@ class Output:
         if os.fstat(fd).st_size > size:
             os.ftruncate(fd, size)
         if size:
-            os.posix_fallocate(fd, 0, size)
+            _allocate(fd, size)
 
     def write(self, name: str, offset: int, data: Any) -> None:
         """Write bytes at an offset; ranges of different steps never overlap, so threads need no lock."""
@@ -195,11 +195,13 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # An interruption keeps the work for the next run; any other failure leaves nothing behind.
-        if kind is None or issubclass(kind, KeyboardInterrupt):
+        if kind is None or issubclass(kind, KeyboardInterrupt | TargetExists):
             self.close()
-        elif not isinstance(error, TargetExists):
+        else:
             self.discard()
 
 
@@ -214,6 +216,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _cannot(error, path) from error
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve the blocks, so that a full disk shows now. Where the system cannot, at least look whether they are free."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    space = os.fstatvfs(fd)
+    if space.f_bavail * space.f_frsize < size - os.fstat(fd).st_blocks * 512:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(fd, size)
 
 
 def _sync(path: Path) -> None:

@@ -77,7 +77,7 @@ class ModelConfig:
 
     @property
     def release(self) -> str | None:
-        """"gpt-oss-20b" or "gpt-oss-120b" when every width is that release's; says nothing about the weights."""
+        """gpt-oss-20b or gpt-oss-120b when every width is that release's; says nothing about the weights."""
         for name, layers, experts in (("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)):
             if self == release_config(layers, experts, self):
                 return name

@@ -65,7 +65,8 @@ def activation(gate: F64, up: F64, limit: float) -> F64:
     gate = np.minimum(gate, limit)
     up = np.clip(up, -limit, limit)
     with np.errstate(over="ignore"):
-        return gate / (1 + np.exp(-ALPHA * gate)) * (up + 1)
+        result: F64 = gate / (1 + np.exp(-ALPHA * gate)) * (up + 1)
+        return result
 
 
 def differences(a: F32, b: F32) -> tuple[int, float, float, float]:

@@ -194,7 +194,7 @@ def _encode(values: Any, bits: Any, power: Any, blocks: Any, scales: Any) -> Non
     for r in range(blocks.shape[0]):
         for g in range(blocks.shape[1]):
             at = g * 32
-            largest = np.uint32(0)  # of the bits without the sign, which order like the magnitudes
+            largest: Any = np.uint32(0)  # of the bits without the sign, which order like the magnitudes
             for j in range(32):
                 largest = max(largest, bits[r, at + j] & np.uint32(0x7FFFFFFF))
             if largest == 0:
@@ -202,7 +202,7 @@ def _encode(values: Any, bits: Any, power: Any, blocks: Any, scales: Any) -> Non
                 blocks[r, g, :] = 0
                 continue
             # The exponent field is ⌊log2 amax⌋ + 127 (0 for subnormals, whose scale is 0 as well).
-            floor = max(np.int64(largest >> np.uint32(23)) - 2, 0)
+            floor: Any = max(np.int64(largest >> np.uint32(23)) - 2, 0)
             best, least = floor, np.inf
             for scale in range(floor, min(floor + 1, 254) + 1):
                 unit = power[scale]

@@ -57,7 +57,7 @@ def _transcode(blocks: Any, scales: Any, integers: Any, power: Any, size: Any, l
             for j in range(32):
                 any_bits |= abs(q[j])
                 amax = max(amax, abs(q[j]))
-            exponent = np.int64(scales[r, g]) - 128
+            exponent: Any = np.int64(scales[r, g]) - 128
             if amax == 0:
                 exponent = 0  # a block of zeros; d is left at +0, which every reader takes for zero
             # Below float16's least power the integers must halve, above its largest they must double.

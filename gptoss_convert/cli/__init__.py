@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 
 import click
 
@@ -101,7 +102,7 @@ def _interrupted() -> None:
     _leave(ExitCode.INTERRUPTED)
 
 
-def _print_json(document: dict[str, object]) -> None:
+def _print_json(document: Mapping[str, object]) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=True))
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptoss_convert.cli.output import Advance, emit, human_bytes, progress
+from gptoss_convert.cli.output import emit, human_bytes, progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes with a decimal (4GB) or binary (4GiB) unit."""
 
     name = "size"
@@ -34,7 +32,7 @@ class Size(click.ParamType):
 
 
 @click.command()
-@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["gguf", "hf", "original", "bf16"]), help="What to write.")
 @click.option(
@@ -52,14 +50,16 @@ class Size(click.ParamType):
 @click.option("--split-size", type=Size(), help="Divide the output into files of at most this much tensor data: 4GB.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
 @click.option("--name", help="GGUF: general.name, such as my-org/my-finetune-20B.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none."
+)
 @click.option("--gate-proj", type=click.Choice(["deinterleaved", "halves"]), help="What gate_proj means in SRC.")
 @click.option("--dry-run", is_flag=True, help="Print the plan: sizes, memory, every tensor's fate. Writes nothing.")
 @click.option("--no-proof", is_flag=True, help="Do not read the output back and compare it with the source.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
-    src: Path,
+    src: str,
     out: Path,
     to: str,
     experts: str,
@@ -74,29 +74,29 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Convert SRC (a folder, a file, a hub snapshot) into OUT, and prove that OUT computes what SRC computes.
+    """Convert SRC into OUT, and prove that OUT computes what SRC computes.
+
+    SRC is a folder, a file, a hub snapshot, or OWNER/NAME@COMMIT, which is fetched and verified first.
 
     A certificate is written beside OUT. OUT appears when it is complete and proved, never before; a run that was killed is
     taken up by running the same command again.
     """
     from gptoss_convert.convert import conversion
+    from gptoss_convert.convert.resolve import resolve_source
+
+    path = resolve_source(src, progress)
 
     options = conversion.Options(
         to, experts, dense, split_size, threads, not no_proof, name, tokenizer, gate_proj, overwrite
     )
     if dry_run:
-        with conversion.open_for(src, options) as source:
+        with conversion.open_for(path, options) as source:
             plan = conversion.make_plan(source, out, options)
             forecast = conversion.forecast(source, plan, options)
         emit(forecast, as_json, lambda console: _show_plan(console, forecast))
         return
 
-    @contextmanager
-    def show(label: str, total: int) -> Iterator[Advance]:
-        with progress(label, total) as advance:
-            yield advance
-
-    outcome = conversion.convert(src, out, options, show)
+    outcome = conversion.convert(path, out, options, progress)
     emit(_result(outcome), as_json, lambda console: _show_outcome(console, outcome))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STYLES = {"error": "bold red", "warning": "red"}
 LISTED_FILES = 40  # of those that are not read; --json has them all
+LISTED_ODDITIES = 200
 
 
 @click.command()
@@ -75,11 +76,13 @@ def render(found: Inspection, console: Console, *, every_tensor: bool) -> None:
     for label, texts in (("note", found.notes), ("lost", found.losses)):
         for text in texts:
             line(f"{label}: {printable(text)}", "dim")
-    for oddity in found.oddities:
+    for oddity in found.oddities[:LISTED_ODDITIES]:
         line(f"{oddity.severity}: {printable(oddity.thing)}: {printable(oddity.where)}", STYLES[oddity.severity])
-        for label, value in (("found", oddity.found), ("expected", oddity.expected)):
-            if value is not None:
-                line(f"  {label}: {printable(value)}", STYLES[oddity.severity])
+        for label, side in (("found", oddity.found), ("expected", oddity.expected)):
+            if side is not None:
+                line(f"  {label}: {printable(side)}", STYLES[oddity.severity])
+    if len(found.oddities) > LISTED_ODDITIES:
+        line(f"and {len(found.oddities) - LISTED_ODDITIES} more; --json lists them all", STYLES["error"])
     line(*_conclusion(found))
 
 
@@ -119,6 +122,9 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     for document in found.documents:
         word = f"official: {document.official}" if document.official else "not official"
         yield document.kind.split()[-1], f"{document.where}: {word} (sha256 {document.sha256})"
+    for key, value in found.metadata.items():
+        if key.startswith("tokenizer.") and isinstance(value, dict):
+            yield "array", f"{key}: {value['count']} of type {value['array_of']}"
     if found.values is not None and (scales := found.values.as_dict()["mxfp4"]):
         yield (
             "scales",
@@ -165,8 +171,8 @@ def _groups(tensors: Iterable[StoredTensor]) -> Iterator[str]:
         groups.setdefault((pattern, tensor.dtype, tensor.shape), []).append(numbers)
     for (pattern, dtype, shape), members in groups.items():
         name = pattern
-        for numbers in zip(*members, strict=True):
-            name = name.replace("\0", _ranges(sorted(set(numbers))), 1)
+        for column in zip(*members, strict=True):
+            name = name.replace("\0", _ranges(sorted(set(column))), 1)
         yield f"{printable(name)} {dtype} {list(shape)} ×{len(members)}"
 
 
@@ -189,10 +195,10 @@ def _conclusion(found: Inspection) -> tuple[str, str]:
     warnings = len(found.oddities) - errors
     if found.values is None:
         looked = "values were not looked at (--quick)"
-    elif found.values.unread:
-        looked = f"values of {found.values.unread} tensors could not be looked at"
     elif found.values.bad:
-        looked = f"values of {len(found.values.bad)} tensors are not all finite"
+        looked = f"of {found.values.tensors} tensors read, {len(found.values.bad)} are not all finite"
     else:
-        looked = "every value is finite"
+        looked = f"every value of {found.values.tensors} tensors is finite"
+    if found.values is not None and found.values.unread:
+        looked += f", {found.values.unread} could not be read"
     return f"{errors} errors, {warnings} warnings; {looked}", "bold red" if errors else "bold"

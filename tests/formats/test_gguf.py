@@ -332,13 +332,13 @@ def test_a_repeated_metadata_key_is_refused(write: Write) -> None:
 
 
 def test_the_elements_of_all_arrays_together_are_bounded(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptoss_convert.formats.gguf.MAX_ELEMENTS", 10)
+    monkeypatch.setattr("gptoss_convert.formats.gguf_cursor.MAX_ELEMENTS", 10)
     content = key("a", 9, ARRAY.pack(0, 6) + bytes(6)) + key("b", 9, ARRAY.pack(0, 6) + bytes(6))
     refusal(write(preamble(0, 2) + content), "elements in the metadata key 'b'", "at most 4")
 
 
 def test_a_header_larger_than_the_bound_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptoss_convert.formats.gguf.MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr("gptoss_convert.formats.gguf_cursor.MAX_HEADER_BYTES", 100)
     refusal(write(preamble(0, 1) + key("a", 8, text("x" * 200))), "header is too large", "'a'")
 
 
