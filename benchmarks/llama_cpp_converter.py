@@ -62,7 +62,7 @@ class _Reader:
             inner, count = self.number("I"), self.number("Q")
             if inner == STRING:
                 for _ in range(count):
-                    self.at += self.number("Q")
+                    self.at = self.number("Q") + self.at
             else:
                 self.at += count * SCALARS[inner]
             return f"array of {GGUFValueType(inner).name.lower()}"

@@ -171,6 +171,8 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     """Convert; the artifact, proved, stands under its name when this returns."""
     target = target.absolute()
     folder = options.to != "gguf" or options.split_bytes is not None
+    if path.resolve().is_relative_to(target.resolve()):
+        raise UsageError("the output would take the place of its source", found=target, expected="another place")
     with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
         plan = make_plan(source, target, options)
         threads = thread_count(source, plan, options.threads)

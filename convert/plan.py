@@ -17,6 +17,7 @@ from typing import Any
 
 import blake3
 
+from gptoss_convert import __version__
 from gptoss_convert.convert.names import Shape, as_stack
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import Transposed, View
@@ -121,7 +122,7 @@ class Plan:
         """A name for this work on this source, to tell whether an unfinished output belongs to it."""
         hasher = blake3.blake3()
         for part in (
-            {"target": self.target, "options": self.options},
+            {"target": self.target, "options": self.options, "version": __version__},
             [[f.name, f.size, blake3.blake3(f.head).hexdigest()] for f in self.files],
             {name: blake3.blake3(data).hexdigest() for name, data in self.small.items()},
             [[f.name, *asdict(f.identity).values()] for f in source.files],

@@ -29,6 +29,7 @@ from gptoss_convert.convert.plan import LEAF_ROWS
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.run import Workers
 from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.views import Transposed, View
 from gptoss_convert.convert.witness import Witness
 from gptoss_convert.errors import ProofFailed
 from gptoss_convert.kernels import mxfp4
@@ -40,6 +41,8 @@ BYTE_EQUAL, VALUE_EQUAL, DIFFERENT = "byte-equal", "value-equal", "different"
 PROBES = 2
 # Summation order and float32 rounding of two routes to one number; anything wrong is of the size of the output itself.
 SAME = 1e-4
+# Below this, two orders of summing the same float32 products: written as 0, so that no machine's order enters a certificate.
+SUMMATION_NOISE = 2e-6
 # How far an output may be off when the weights are: a few times their own relative error (both layers of the expert, the
 # activation's slope), but never half of it: a permuted matrix gives 1.4.
 OUTPUT_OVER_WEIGHTS = 6.0
@@ -121,21 +124,20 @@ def prove(source: Source, artifact: Source, *, threads: int, advance: Advance) -
     shapes = canonical_shapes(source.config)
     _same_model(source, artifact)
     proof = Proof()
-    leaves = {name: list(_leaves(shape)) for name, shape in shapes.items()}
-    results: dict[tuple[str, int], _Leaf] = {}
-    jobs = [(name, i, leaf) for name, parts in leaves.items() for i, leaf in enumerate(parts)]
+    jobs = {name: list(_jobs(shape, source.views[name], artifact.views[name])) for name, shape in shapes.items()}
+    results: dict[tuple[str, _Range], list[_Leaf]] = {}
     workers = Workers()
 
-    def compare(job: tuple[str, int, _Range]) -> None:
-        name, index, leaf = job
-        results[name, index] = _compare(source, artifact, name, leaf)
-        advance((leaf.stop - leaf.start) * as_stack(shapes[name])[2])
+    def compare(job: tuple[str, _Range]) -> None:
+        name, rows = job
+        results[job] = _compare(source, artifact, name, rows)
+        advance((rows.stop - rows.start) * as_stack(shapes[name])[2])
 
-    workers.each(jobs, compare, threads)
+    workers.each([(name, rows) for name, parts in jobs.items() for rows in parts], compare, threads)
     workers.join()
     for name, shape in shapes.items():
-        parts = [results[name, i] for i in range(len(leaves[name]))]
-        proof.tensors.append(_tensor_proof(name, shape, parts, source, artifact))
+        leaves = [leaf for rows in jobs[name] for leaf in results[name, rows]]
+        proof.tensors.append(_tensor_proof(name, shape, leaves, source, artifact))
     _require_close_weights(proof)
     _prove_experts(source, artifact, proof, threads, advance)
     return proof
@@ -183,11 +185,13 @@ class _Leaf:
     largest: float
 
 
-def _leaves(shape: Shape) -> Iterator[_Range]:
+def _jobs(shape: Shape, *views: View) -> Iterator[_Range]:
+    """What is read at a time: a leaf, or the whole matrix of a view that cannot read less."""
     experts, rows, _ = as_stack(shape)
+    height = rows if any(isinstance(view, Transposed) for view in views) else LEAF_ROWS
     for expert in range(experts):
-        for start in range(0, rows, LEAF_ROWS):
-            yield _Range(expert, start, min(start + LEAF_ROWS, rows))
+        for start in range(0, rows, height):
+            yield _Range(expert, start, min(start + height, rows))
 
 
 def values_dtype(encoding: str) -> str:
@@ -195,11 +199,16 @@ def values_dtype(encoding: str) -> str:
     return "bf16" if encoding in ("bf16", "mxfp4") else "f32"
 
 
-def _compare(source: Source, artifact: Source, name: str, leaf: _Range) -> _Leaf:
-    a = source.views[name].read(leaf.expert, leaf.start, leaf.stop)
-    b = artifact.views[name].read(leaf.expert, leaf.start, leaf.stop)
+def _compare(source: Source, artifact: Source, name: str, rows: _Range) -> list[_Leaf]:
+    a = source.views[name].read(rows.expert, rows.start, rows.stop)
+    b = artifact.views[name].read(rows.expert, rows.start, rows.stop)
     if a.shape != b.shape:
         raise ProofFailed("a tensor came back with another shape", tensor=name, found=b.shape, expected=a.shape)
+    parts = [slice(start, start + LEAF_ROWS) for start in range(0, rows.stop - rows.start, LEAF_ROWS)]
+    return [_compare_leaf(a.select(part), b.select(part)) for part in parts]
+
+
+def _compare_leaf(a: Chunk, b: Chunk) -> _Leaf:
     if a.same_bytes(b):
         return _Leaf(True, digest := leaf_digest(a), digest, 0, 0.0, 0.0, 0.0)
     count, error, square, largest = 0, 0.0, 0.0, 0.0
@@ -218,10 +227,11 @@ def leaf_digest(chunk: Chunk) -> bytes:
     for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
         rows = chunk.select(slice(start, start + ROWS_AT_ONCE))
         if isinstance(rows, Mxfp4):
-            hasher.update(mxfp4.decode_bf16(rows.blocks, rows.scales).data)
+            values: Any = mxfp4.decode_bf16(rows.blocks, rows.scales)
         else:
-            values = rows.values() + np.float32(0)  # turns −0 into 0
-            hasher.update(np.ascontiguousarray(encode_float(values, values_dtype(rows.encoding))).data)
+            signed = rows.values() + np.float32(0)  # turns −0 into 0
+            values = np.ascontiguousarray(encode_float(signed, values_dtype(rows.encoding)))
+        hasher.update(values.view(np.uint8).data)
     return hasher.digest()
 
 
@@ -275,7 +285,8 @@ def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int,
         want = a.expert(layer, expert).forward(x, config.swiglu_limit)
         got = b.expert(layer, expert).forward(x, config.swiglu_limit)
         size = np.maximum(np.linalg.norm(want, axis=1), np.finfo(np.float64).tiny)
-        errors[job] = float((np.linalg.norm(got - want, axis=1) / size).max())
+        error = float((np.linalg.norm(got - want, axis=1) / size).max())
+        errors[job] = error if error > SUMMATION_NOISE else 0.0
         advance(values)
 
     workers = Workers()

@@ -39,7 +39,7 @@ def cache_folder() -> Path:
 
 
 def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -> Path:
-    from gptoss_convert.convert import fetch, official
+    from gptoss_convert.convert import fetch, fetch_plan, official
 
     pinned = official.load().repos.get(repo)
     if revision is None and pinned is None:
@@ -51,7 +51,7 @@ def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -
     commit = revision or (pinned.revision if pinned else "")
     target = cache_folder() / repo.replace("/", "--") / str(commit)
     target.mkdir(parents=True, exist_ok=True)
-    ready = fetch.plan(repo, target, revision=revision, layout=layout)
+    ready = fetch_plan.plan(repo, target, revision=revision, layout=layout)
     with show("fetch", ready.total_bytes) as advance:
         report = fetch.run(ready, progress=advance)
     if report.exit_code() is ExitCode.MISMATCH:

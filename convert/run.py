@@ -22,8 +22,9 @@ from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.output import Output
-from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Rows
+from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
+from gptoss_convert.kernels.floats import transpose
 from gptoss_convert.quant.encode import encode, encode_packed
 
 READ_BYTES = 8 << 20
@@ -141,6 +142,8 @@ def do_step(source: Source, step: Step, plan: Plan, output: Output) -> str:
     chunk = source.views[step.tensor].read(step.expert, step.start, step.stop)
     require_finite(chunk, source, step)
     hasher = blake3.blake3()
+    if any(piece.codec in (BLOCKS, SCALES) for piece in step.pieces):
+        chunk = encode_packed(chunk)
     for piece in step.pieces:
         data = piece_bytes(chunk, piece, step)
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
@@ -169,8 +172,8 @@ def piece_bytes(chunk: Chunk, piece: Piece, step: Step) -> np.ndarray[Any, Any]:
     if piece.part and not piece.columns:
         chunk = chunk.select(slice(0 if piece.part == "gate" else 1, None, 2))
     if piece.codec in (BLOCKS, SCALES):
-        packed = encode_packed(chunk)
-        return np.ascontiguousarray(packed.blocks if piece.codec == BLOCKS else packed.scales)
+        assert isinstance(chunk, Mxfp4)
+        return np.ascontiguousarray(chunk.blocks if piece.codec == BLOCKS else chunk.scales)
     if piece.transposed:
         return _transposed(chunk, piece.codec, step)
     if piece.columns:
@@ -186,7 +189,7 @@ def _transposed(chunk: Chunk, codec: str, step: Step) -> np.ndarray[Any, Any]:
     for start in range(0, rows, ROWS_AT_ONCE):
         part = chunk.select(slice(start, start + ROWS_AT_ONCE))
         words[start : start + ROWS_AT_ONCE] = encode(part, codec, step.tensor, start).view(words.dtype)
-    return np.ascontiguousarray(words.T)
+    return transpose(words)
 
 
 class _Front:

@@ -16,11 +16,12 @@ from typing import Any
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.companions import Companion
 from gptoss_convert.convert.names import as_stack, canonical_shapes
-from gptoss_convert.convert.views import View
+from gptoss_convert.convert.views import View, misfit
 from gptoss_convert.errors import BadInput, Refused, printable
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import Value
 from gptoss_convert.formats.sniff import Kind, identify
+from gptoss_convert.formats.tree import source_root, walk
 
 
 class Layout(StrEnum):
@@ -46,6 +47,9 @@ DESCRIPTION = {
     Layout.PER_EXPERT: "gate_proj, up_proj and down_proj apart for each expert",
     Layout.GGUF: "GGUF of architecture gpt-oss",
 }
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", "model.bin")
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,10 @@ class Source:
         wanted = canonical_shapes(self.config)
         for name, shape in wanted.items():
             if name not in self.views:
-                self.problems.append(Problem("a tensor is missing", name, expected=str(list(shape))))
+                if not self.names.get(name):  # else the parts that are missing or wrong have been named
+                    self.problems.append(Problem("a tensor is missing", name, expected=str(list(shape))))
+            elif found := misfit(self.views[name]):
+                self.problems.append(Problem("the parts of a tensor do not fit together", name, found))
             elif self.views[name].stack != as_stack(shape):
                 found = str(list(self.views[name].stack))
                 self.problems.append(Problem("a tensor's shape does not fit", name, found, str(list(as_stack(shape)))))
@@ -141,8 +148,7 @@ def open_source(path: Path, *, gate_proj: str | None = None, tokenizer: Path | N
     gate_proj: which of its two known meanings "gate_proj" has in a per-expert checkpoint ("deinterleaved" or "halves"),
     where the weights do not tell. tokenizer: a folder to take tokenizer and template from when the source has none.
     """
-    if not path.exists():
-        raise BadInput("the source does not exist", file=path, remedy="give a folder, a file or a hub repo id")
+    path = source_root(path)
     source = _open_folder(path, gate_proj) if path.is_dir() else _open_file(path, gate_proj)
     if tokenizer is not None:
         from gptoss_convert.convert.companions import collect_companions
@@ -182,8 +188,6 @@ def _open_file(path: Path, gate_proj: str | None) -> Source:
 
 
 def _open_folder(folder: Path, gate_proj: str | None) -> Source:
-    from gptoss_convert.formats.tree import walk
-
     files = {entry.name: entry.path for entry in walk(folder)}
     kinds = {name: _kind_of(path) for name, path in files.items() if "/" not in name}
     tensors = [name for name, kind in kinds.items() if kind is Kind.SAFETENSORS]
@@ -214,6 +218,9 @@ def _kind_of(path: Path) -> Kind | None:
 
 
 def _what_is_there(files: Mapping[str, Path], kinds: Mapping[str, Kind | None]) -> str:
+    for name, kind in kinds.items():
+        if name.endswith(WEIGHT_SUFFIXES) and kind is not None and kind not in (Kind.PICKLE, Kind.ZIP):
+            return f"{printable(name)}: {kind.value}"
     pickles = [name for name, kind in kinds.items() if kind in (Kind.PICKLE, Kind.ZIP)]
     if pickles:
         return f"{printable(pickles[0])}, a pickle or zip archive; such files are never opened"
@@ -221,5 +228,5 @@ def _what_is_there(files: Mapping[str, Path], kinds: Mapping[str, Kind | None]) 
 
 
 def _hint(files: Mapping[str, Path]) -> str | None:
-    below = sorted({name.rpartition("/")[0] for name in files if name.endswith((".safetensors", ".gguf", "model.bin"))})
+    below = sorted({name.rpartition("/")[0] for name in files if name.endswith(WEIGHT_SUFFIXES)})
     return f"there is one in {printable(below[0])}/" if below else None

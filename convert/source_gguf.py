@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_convert.config import ModelConfig, default_sliding
-from gptoss_convert.convert.names import canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
+from gptoss_convert.config import ModelConfig, check_consistent, default_sliding
+from gptoss_convert.convert.names import as_stack, canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
 from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
 from gptoss_convert.convert.tokens import gguf_companions
 from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
@@ -122,7 +122,7 @@ def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -
         raise BadInput("an absurd count of layers or experts", file=where, found=f"{layers}, {integer('expert_count')}")
     hidden, head_dim = integer("embedding_length"), integer("attention.key_length")
     ids = {kind: _get(metadata, f"tokenizer.ggml.{key}_token_id") for kind, key in _TOKEN_IDS.items()}
-    return ModelConfig(
+    config = ModelConfig(
         layers=layers,
         experts=integer("expert_count"),
         experts_per_token=integer("expert_used_count"),
@@ -144,6 +144,8 @@ def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -
         sliding=_sliding(metadata, layers, where),
         token_ids={kind: value for kind, value in ids.items() if isinstance(value, int)},
     )
+    check_consistent(config, where)
+    return config
 
 
 _TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -166,8 +168,11 @@ def _sliding(metadata: Mapping[str, Value], layers: int, where: object) -> tuple
 def _add(source: Source, name: str, tensors: Tensors) -> None:
     if is_gate_up(name):
         gate, up = gguf_gate_up(name)
-        if gate in tensors and up in tensors:
-            source.names[name] = (gate, up)
+        source.names[name] = tuple(there for there in (gate, up) if there in tensors)
+        if len(source.names[name]) == 1:
+            missing = up if gate in tensors else gate
+            source.problems.append(Problem("a tensor is missing", missing))
+        elif source.names[name]:
             views = [_stored(source, tensors[there]) for there in (gate, up)]
             source.views[name] = Alternating(views[0], views[1], columns=name.endswith("_bias"))
         return
@@ -184,7 +189,8 @@ def _add(source: Source, name: str, tensors: Tensors) -> None:
             first = {"q": 0, "k": config.q_rows, "v": config.q_rows + config.kv_rows}[match[1]]
             count = config.q_rows if match[1] == "q" else config.kv_rows
             source.names[name] = (fused,)
-            source.views[name] = RowRange(_stored(source, tensors[fused]), first, count, columns=match[2] == "bias")
+            total = config.q_rows + 2 * config.kv_rows
+            source.views[name] = RowRange(_stored(source, tensors[fused]), first, count, total, match[2] == "bias")
 
 
 def _stored(source: Source, place: tuple[SourceFile, TensorInfo]) -> View:
@@ -196,7 +202,6 @@ def _stored(source: Source, place: tuple[SourceFile, TensorInfo]) -> View:
             expected=", ".join(sorted(c.name for c in BY_GGML_ID.values())),
             remedy=f"start from the checkpoint that {printable(source.path.name)} was made from",
         )  # fmt: skip
-    columns, *rest = info.shape
-    rows = rest[0] if rest else 1
-    experts = rest[1] if len(rest) > 1 else 1
-    return Stored(file, info.offset, codec.name, (experts, rows, columns))
+    if len(info.shape) > 3:
+        raise BadInput("a tensor has too many dimensions", file=file.path, tensor=info.name, found=list(info.shape))
+    return Stored(file, info.offset, codec.name, as_stack(tuple(reversed(info.shape))))

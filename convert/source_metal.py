@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from gptoss_convert.config import ModelConfig
+from gptoss_convert.config import ModelConfig, check_consistent
 from gptoss_convert.convert.names import (
     DOWN,
     EMBEDDING,
@@ -64,9 +64,15 @@ def open_metal(path: Path) -> Source:
 
 def _config(header: MetalHeader, path: Path) -> ModelConfig:
     widths = (header.hidden, header.intermediate, header.head_dim, header.heads, header.kv_heads)
+    floats = (header.swiglu_limit, header.rms_eps, header.yarn_offset, header.yarn_scale, header.interpolation_scale)
     counts = (header.blocks, header.experts, header.active_experts, header.window, header.context_length, *widths)
     scale, theta, step = header.interpolation_scale, header.rope_theta, header.yarn_scale
-    plain = all(0 < count < 1 << 24 for count in counts) and header.blocks <= 4096 and header.experts <= 4096
+    plain = (
+        all(map(math.isfinite, floats))
+        and all(0 < count < 1 << 24 for count in counts)
+        and header.blocks <= 4096
+        and header.experts <= 4096
+    )
     if header.head_dim != 64:  # 0.5 · 0.25 = 1/√64 is folded into q and k: the only head size the format knows
         raise BadInput("metal's format has heads of 64 only", file=path, found=header.head_dim)
     if (
@@ -86,7 +92,7 @@ def _config(header: MetalHeader, path: Path) -> ModelConfig:
         return float(f"{value:.4g}")
 
     low = -header.yarn_offset / step
-    return ModelConfig(
+    config = ModelConfig(
         layers=header.blocks,
         experts=header.experts,
         experts_per_token=header.active_experts,
@@ -106,6 +112,8 @@ def _config(header: MetalHeader, path: Path) -> ModelConfig:
         swiglu_limit=header.swiglu_limit,
         rms_eps=float(f"{header.rms_eps:.6g}"),
     )
+    check_consistent(config, path)
+    return config
 
 
 def _special_tokens(header: MetalHeader) -> dict[int, str]:
@@ -160,7 +168,7 @@ def _list(source: Source, name: str, dtype: str, shape: tuple[int, ...], nbytes:
 
 def _add_attention(source: Source, layer: int, weight: Stored, bias: Stored) -> None:
     config = source.config
-    first = 0
+    first, total = 0, config.q_rows + 2 * config.kv_rows
     for part, rows, factor in (
         ("q", config.q_rows, Q_FACTOR),
         ("k", config.kv_rows, K_FACTOR),
@@ -168,7 +176,7 @@ def _add_attention(source: Source, layer: int, weight: Stored, bias: Stored) -> 
     ):
         for suffix, base, columns in (("weight", weight, False), ("bias", bias, True)):
             name = layer_name(layer, f"self_attn.{part}_proj.{suffix}")
-            view = RowRange(base, first, rows, columns)
+            view = RowRange(base, first, rows, total, columns)
             source.views[name] = view if factor is None else Rotated(view, config.head_dim, factor, columns)
             source.names[name] = (layer_name(layer, f"qkv.{suffix}"),)
         first += rows

@@ -73,15 +73,20 @@ class Located:
         """The float codec's name, or None for integers."""
         return FLOAT_ENCODINGS.get(self.entry.dtype)
 
-    def stored(self, stack: tuple[int, int, int] | None = None) -> Stored:
-        """A view of the tensor as rows of floats; `stack` regroups its dimensions."""
+    def stored(self) -> Stored:
+        """A view of the tensor as rows of floats."""
         encoding = self.encoding
         if encoding is None:
             raise BadInput(
                 "a tensor's type cannot be read as numbers", file=self.file.path, tensor=self.entry.name,
                 found=self.entry.dtype, expected="BF16, F16 or F32",
             )  # fmt: skip
-        return Stored(self.file, self.entry.offset, encoding, stack or as_stack(self.entry.shape))
+        if not 1 <= len(self.entry.shape) <= 3:
+            raise BadInput(
+                "a tensor has a shape that gpt-oss does not have", file=self.file.path, tensor=self.entry.name,
+                found=list(self.entry.shape), expected="one to three dimensions",
+            )  # fmt: skip
+        return Stored(self.file, self.entry.offset, encoding, as_stack(self.entry.shape))
 
 
 Tensors = Mapping[str, Located]
@@ -212,11 +217,8 @@ def _open_original(folder: Path, tensors: Tensors) -> Source:
             there = f"block.{layer}.attn.qkv.{suffix}"
             if there in tensors:
                 first, count = parts[kind]
-                base = tensors[there].stored()
-                if base.stack[2 if suffix == "bias" else 1] != config.q_rows + 2 * config.kv_rows:
-                    source.problems.append(Problem("a tensor's shape does not fit", there, str(list(base.stack))))
-                    continue
-                _add(source, name, RowRange(base, first, count, columns=suffix == "bias"), there)
+                total = config.q_rows + 2 * config.kv_rows
+                _add(source, name, RowRange(tensors[there].stored(), first, count, total, suffix == "bias"), there)
         elif is_expert_matrix(name):
             _add_packed(source, name, tensors, there + ".blocks", there + ".scales")
         elif there in tensors:
@@ -324,9 +326,9 @@ def _add_linearised(source: Source, prefix: str, tensors: Tensors, config: Model
 def _add_experts(source: Source, name: str, stems: list[str], tensors: Tensors) -> None:
     for suffix, kind, there in ((".weight", PerExpert, name), (".bias", RowPerExpert, name + "_bias")):
         names = [stem + suffix for stem in stems]
-        missing = next((n for n in names if n not in tensors), None)
-        if missing is not None:
-            source.problems.append(Problem("a tensor is missing", missing))
+        missing = [n for n in names if n not in tensors]
+        source.problems.extend(Problem("a tensor is missing", n) for n in missing)
+        if missing:
             source.names[there] = tuple(n for n in names if n in tensors)
         else:
             _add(source, there, kind([tensors[n].stored() for n in names]), *names)
@@ -341,8 +343,9 @@ def _add_per_expert(source: Source, prefix: str, tensors: Tensors, config: Model
     for suffix, columns in (("", False), ("_bias", True)):
         gate, up = (source.views.pop(f"{prefix}{part}{suffix}", None) for part in ("gate", "up"))
         names = sum((source.names.pop(f"{prefix}{part}{suffix}", ()) for part in ("gate", "up")), ())
+        source.names[prefix + GATE_UP + suffix] = names
         if gate is not None and up is not None:
-            _add(source, prefix + GATE_UP + suffix, Alternating(gate, up, columns), *names)
+            source.views[prefix + GATE_UP + suffix] = Alternating(gate, up, columns)
 
 
 def _note_config(source: Source, table: Mapping[str, object]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptoss_convert.config import MXFP4_QUANTIZATION, ModelConfig, to_hf, to_original
-from gptoss_convert.convert.companions import companion_bytes
+from gptoss_convert.convert.companions import TOKENIZER, companion_bytes
 from gptoss_convert.convert.names import (
     Shape,
     canonical_shapes,
@@ -93,6 +93,7 @@ def plan_original(source: Source, shard_bytes: int | None = None) -> Plan:
     if count > 1:
         plan.small["model.safetensors.index.json"] = _index(plan, shards, names).encode()
     plan.small["config.json"] = json.dumps(to_original(config)).encode()
+    plan.notes.append("original/ holds no tokenizer and no template, as in the release: they lie in the folder above")
     plan.small["dtypes.json"] = json.dumps(_logical_dtypes(unique)).encode()
     return plan
 
@@ -215,6 +216,8 @@ def _hf_config(source: Source, *, mxfp4: bool) -> bytes:
 def _add_companions(plan: Plan, source: Source) -> None:
     for name, companion in source.companions.items():
         plan.small[name] = companion_bytes(companion)
+    if TOKENIZER not in plan.small:
+        plan.notes.append("no tokenizer is written: the source has none that a tokenizer.json can be made from")
     if "generation_config.json" not in plan.small and source.layout in (Layout.ORIGINAL, Layout.METAL, Layout.GGUF):
         defaults = _generation_defaults(source.config)
         if defaults:

@@ -15,7 +15,7 @@ from typing import Any
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, Companion, companion_bytes
 from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.formats.files import parse_json
-from gptoss_convert.formats.gguf import Value
+from gptoss_convert.formats.gguf import Value, ValueType
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 PRE = "gpt-4o"  # llama.cpp's name for the o200k split
@@ -131,20 +131,31 @@ def _template(companions: Mapping[str, Companion], settings: Mapping[str, Any]) 
 def gguf_companions(metadata: Mapping[str, Value]) -> dict[str, Companion]:
     """The companions that a GGUF's metadata hold: tokenizer files, template, generation defaults; made when asked for."""
 
-    def field(key: str) -> Any:
+    def field(key: str, kind: ValueType, of: ValueType | None = None) -> Any:
         value = metadata.get(f"tokenizer.{key}")
-        return None if value is None else value.value
+        if value is None:
+            return None
+        if value.type is not kind or value.element_type is not of:
+            raise BadInput("a metadata key has the wrong type", tensor=f"tokenizer.{key}", found=value.type.name)
+        return value.value
 
+    texts = (ValueType.ARRAY, ValueType.STRING)
     companions: dict[str, Companion] = {}
-    if isinstance(field("chat_template"), str):
-        companions[TEMPLATE] = field("chat_template").encode("utf-8", "surrogateescape")
-    tokens, types, merges = field("ggml.tokens"), field("ggml.token_type"), field("ggml.merges")
-    if field("ggml.model") != "gpt2" or field("ggml.pre") != PRE or not tokens or not merges or not types:
+    template = field("chat_template", ValueType.STRING)
+    if template is not None:
+        companions[TEMPLATE] = template.encode("utf-8", "surrogateescape")
+    tokens, merges = field("ggml.tokens", *texts), field("ggml.merges", *texts)
+    types = field("ggml.token_type", ValueType.ARRAY, ValueType.INT32)
+    kind = (field("ggml.model", ValueType.STRING), field("ggml.pre", ValueType.STRING))
+    if kind != ("gpt2", PRE) or not tokens or not merges or not types:
         return companions
     special = {i: text for i, (text, kind) in enumerate(zip(tokens, types, strict=False)) if kind == CONTROL}
     normal = {text: i for i, (text, kind) in enumerate(zip(tokens, types, strict=False)) if kind == NORMAL}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    ids = {role: field(f"ggml.{key}_token_id") for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    ids = {
+        role: field(f"ggml.{key}_token_id", ValueType.UINT32)
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
     roles = {role: special[i] for role, i in ids.items() if i in special}
     return {**companions, **_tokenizer_files(lambda: build_tokenizer(normal, pairs, special), special, roles)}
 
@@ -192,7 +203,10 @@ def build_tokenizer(normal: Mapping[str, int], merges: Sequence[Any], special: M
 
     if sorted(special) != list(range(len(normal), len(normal) + len(special))):
         raise Refused("the special tokens do not follow the others, so no tokenizer.json can hold the ids")
-    bpe = models.BPE(dict(normal), list(merges), fuse_unk=False, byte_fallback=False, ignore_merges=True)
+    try:
+        bpe = models.BPE(dict(normal), list(merges), fuse_unk=False, byte_fallback=False, ignore_merges=True)
+    except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
+        raise BadInput("the tokenizer's merges do not fit its tokens", found=str(error)[:200]) from error
     tokenizer = Tokenizer(bpe)
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False)
     levels = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)

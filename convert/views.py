@@ -16,8 +16,8 @@ import numpy as np
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows, interleave
-from gptoss_convert.kernels.codecs import CODECS, encode_float
-from gptoss_convert.kernels.floats import U8
+from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
+from gptoss_convert.kernels.floats import U8, transpose
 
 Stack = tuple[int, int, int]
 
@@ -82,17 +82,21 @@ class Packed:
 
 @dataclass(frozen=True)
 class RowRange:
-    """Part of a taller matrix's rows: q, k or v out of qkv, or a vector out of a longer one (`columns=True`)."""
+    """Part of a taller matrix's rows: q, k or v out of qkv, or a vector out of a longer one (`columns=True`).
+
+    `total`: how many rows (or columns) the base must have.
+    """
 
     base: View
     first: int
     count: int
+    total: int
     columns: bool = False
 
     @property
     def encoding(self) -> str:
-        """As the base."""
-        return self.base.encoding
+        """As the base; float32 where columns are cut out of blocks."""
+        return _divisible(self.base.encoding) if self.columns else self.base.encoding
 
     @property
     def stack(self) -> Stack:
@@ -104,10 +108,8 @@ class RowRange:
         """See View."""
         if not self.columns:
             return self.base.read(expert, self.first + start, self.first + stop)
-        chunk = self.base.read(expert, start, stop)
-        assert isinstance(chunk, Rows)
-        width = CODECS[chunk.encoding].row_bytes(1)
-        return Rows(chunk.encoding, chunk.data[:, self.first * width : (self.first + self.count) * width])
+        values = self.base.read(expert, start, stop).values()[:, self.first : self.first + self.count]
+        return Rows(self.encoding, encode_float(np.ascontiguousarray(values), self.encoding))
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Transposed:
         assert isinstance(stored, Rows)
         width = CODECS[self.encoding].row_bytes(1)
         words = stored.data.view(f"<u{width}").reshape(columns, rows)
-        return Rows(self.encoding, np.ascontiguousarray(words[:, start:stop].T).view(np.uint8))
+        return Rows(self.encoding, transpose(words[:, start:stop]).view(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ class Alternating:
 
     @property
     def encoding(self) -> str:
-        """As both; float32 where they differ."""
-        return self.gate.encoding if self.gate.encoding == self.up.encoding else "f32"
+        """As both; float32 where they differ, or where the columns of blocks alternate."""
+        same = self.gate.encoding if self.gate.encoding == self.up.encoding else "f32"
+        return _divisible(same) if self.columns else same
 
     @property
     def stack(self) -> Stack:
@@ -277,6 +280,33 @@ class Rotated:
             whole = self.base.read(expert, 0, rows)
             values = whole.select(there[start:stop]).values()
         return Rows(self.encoding, encode_float(values * np.float32(self.factor), self.encoding))
+
+
+def misfit(view: View) -> str | None:
+    """What does not fit together in a view made of several tensors: found sizes, in words; None if all is well."""
+    stacks: list[Stack] = []
+    if isinstance(view, PerExpert | RowPerExpert):
+        stacks = [part.stack for part in view.experts]
+    elif isinstance(view, Alternating):
+        stacks = [view.gate.stack, view.up.stack]
+        return misfit(view.gate) or misfit(view.up) or _unequal(stacks)
+    elif isinstance(view, Halves):
+        stacks = [view.first.stack, view.second.stack]
+        return misfit(view.first) or misfit(view.second) or _unequal(stacks)
+    elif isinstance(view, RowRange):
+        _, rows, columns = view.base.stack
+        unit, size = ("columns", columns) if view.columns else ("rows", rows)
+        return f"[{rows}, {columns}] in the fused tensor, not of {view.total} {unit}" if size != view.total else None
+    return _unequal(stacks)
+
+
+def _unequal(stacks: Sequence[Stack]) -> str | None:
+    odd = next((stack for stack in stacks if stack != stacks[0]), None)
+    return f"{list(stacks[0])} beside {list(odd)}" if odd is not None else None
+
+
+def _divisible(encoding: str) -> str:
+    return encoding if encoding in FLOATS else "f32"
 
 
 def _bytes(file: SourceFile, offset: int, rows: int, row_bytes: int) -> U8:

@@ -171,7 +171,7 @@ class Witness:
             for first in range(0, into, ROWS):
                 count = min(ROWS, into - first)
                 weights = codec.decode(raw.rows(expert * into + first, count, codec.row_bytes(out)))
-                total += np.einsum("pi,io->po", x[:, first : first + count], weights)
+                total += x[:, first : first + count] @ weights
             return total
 
         return multiply

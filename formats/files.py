@@ -9,7 +9,9 @@ never a mixture of two versions.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 64 << 20
+_SURROGATE_ESCAPE, _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def _kind(mode: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from an untrusted file: bounded size and depth, no duplicate keys, no NaN, UTF-8 only."""
+    """A JSON object from an untrusted file: bounded size and depth, no duplicate keys, UTF-8 only.
+
+    No number is NaN or infinite, and every string can be encoded again.
+    """
     with SourceFile(path) as file:
         if file.size > limit:
             raise BadInput("the JSON file is too large", file=path, found=file.size, expected=f"at most {limit} bytes")
@@ -157,6 +163,12 @@ def parse_json(text: bytes, path: object) -> dict[str, Any]:
             raise BadInput("a key appears twice in a JSON object", file=path, found=twice)
         return result
 
+    def real(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise BadInput("a number in the JSON is too large", file=path, found=digits, expected="at most 1.8e308")
+        return number
+
     def constant(name: str) -> NoReturn:
         raise BadInput("a number that JSON does not have", file=path, found=name)
 
@@ -165,11 +177,28 @@ def parse_json(text: bytes, path: object) -> dict[str, Any]:
             "a git-LFS pointer stands where the file should be", file=path, remedy="fetch the real file: git lfs pull"
         )
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=real, parse_constant=constant)
     except RecursionError as error:
         raise BadInput("the JSON is nested too deeply", file=path, expected="at most a few hundred levels") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadInput("not valid JSON", file=path, found=error) from error
     if not isinstance(value, dict):
         raise BadInput("the JSON is not an object", file=path, found=type(value).__name__, expected="an object")
+    if _SURROGATE_ESCAPE.search(text) and (broken := _not_encodable(value)) is not None:
+        raise BadInput("a string in the JSON is not Unicode text", file=path, found=broken, expected="whole characters")
     return value
+
+
+def _not_encodable(value: object) -> str | None:
+    """A key or string with half of a surrogate pair, which JSON can escape and no file or terminal can hold."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            todo += item.keys()
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+        elif isinstance(item, str) and _SURROGATE.search(item):
+            return item
+    return None

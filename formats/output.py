@@ -13,6 +13,7 @@ lock on the journal keeps two runs apart; it dies with its process.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -209,13 +210,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     """A whole file under its name at once, or not at all."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
-        temporary.write_bytes(data)
+        temporary.unlink(missing_ok=True)  # of a killed run that had our process id
+        with temporary.open("xb") as file:  # never through somebody's link of this name
+            file.write(data)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _cannot(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _allocate(fd: int, size: int) -> None:

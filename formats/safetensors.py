@@ -183,18 +183,7 @@ def _metadata(value: object, path: Path) -> dict[str, str]:
     for key, text in value.items():
         if not isinstance(text, str):
             raise _bad(f"a value in {METADATA_KEY} is not text", path, f"{key}: {type(text).__name__}", "text")
-        if not (_encodable(key) and _encodable(text)):
-            raise _bad(f"{METADATA_KEY} holds half a surrogate pair", path, key, "valid Unicode")
     return value
-
-
-def _encodable(text: str) -> bool:
-    """Whether the text is valid Unicode; JSON escapes can smuggle in half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _name_problem(name: str) -> str | None:

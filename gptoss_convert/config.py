@@ -175,7 +175,13 @@ def from_hf(table: Mapping[str, Any], where: object) -> ModelConfig:
         token_ids=_token_ids(table),
         **_yarn(rope, table, where),
     )
-    _check(config, table, where)
+    if table.get("attention_bias", True) is not True or table.get("swiglu_alpha", 1.702) != 1.702:
+        raise BadInput(
+            "gpt-oss has biases in attention and a SwiGLU with alpha 1.702",
+            file=where,
+            found=f"attention_bias {table.get('attention_bias')!r}, swiglu_alpha {table.get('swiglu_alpha', 1.702)!r}",
+        )
+    check_consistent(config, where)
     return config
 
 
@@ -224,13 +230,12 @@ def _token_ids(table: Mapping[str, Any]) -> dict[str, int]:
     return {kind: v for kind, v in found.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}
 
 
-def _check(config: ModelConfig, table: Mapping[str, Any], where: object) -> None:
+def check_consistent(config: ModelConfig, where: object) -> None:
+    """Refuse numbers that are each in range and do not fit together."""
     problems = {
         "experts_per_token exceeds the experts": config.experts_per_token > config.experts,
         "heads are no multiple of kv heads": config.heads % config.kv_heads != 0,
         "head_dim is odd": config.head_dim % 2 != 0,
-        "attention_bias is false, but gpt-oss has biases": table.get("attention_bias", True) is not True,
-        "swiglu_alpha is not 1.702": table.get("swiglu_alpha", 1.702) != 1.702,
     }
     for problem, found in problems.items():
         if found:
@@ -262,7 +267,7 @@ def from_original(table: Mapping[str, Any], where: object) -> ModelConfig:
         beta_slow=read.number("rope_ntk_alpha", low=1e-6, high=1e6, default=1.0),
         swiglu_limit=read.number("swiglu_limit", low=0, high=1e6, default=7.0),
     )
-    _check(config, {}, where)
+    check_consistent(config, where)
     return config
 
 

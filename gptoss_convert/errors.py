@@ -1,7 +1,8 @@
 """The errors of gptoss-convert and the exit code of each.
 
 One small hierarchy, raised anywhere, handled once (in the command line). A message says, in this order, what happened,
-where (file and tensor), what was found and what was expected, and what to do about it.
+where (file and tensor), what was found and what was expected, and what to do about it: a line each, control characters
+escaped, because much of it comes from files.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class GptOssError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [printable(self.what)]
         for label in ("file", "tensor", "found", "expected", "remedy"):
             value = getattr(self, label)
             if value is not None:

@@ -37,6 +37,23 @@ def f32_to_bf16(values: F32) -> U16:
     return out.reshape(values.shape)
 
 
+def transpose(words: NDArray[Any]) -> NDArray[Any]:
+    """[R, C] → contiguous [C, R], tile by tile so that neither side leaves the cache."""
+    out = np.empty((words.shape[1], words.shape[0]), words.dtype)
+    _transpose(words, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _transpose(words: Any, out: Any) -> None:
+    rows, columns = words.shape
+    for top in range(0, rows, 64):
+        for left in range(0, columns, 64):
+            for r in range(top, min(top + 64, rows)):
+                for c in range(left, min(left + 64, columns)):
+                    out[c, r] = words[r, c]
+
+
 def first_nonfinite(bits: NDArray[Any], kind: str) -> int:
     """Flat index of the first NaN or infinity among bit patterns of `kind` (bf16, f16, f32), or -1."""
     mask = {"bf16": 0x7F80, "f16": 0x7C00, "f32": 0x7F800000}[kind]

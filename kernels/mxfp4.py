@@ -150,7 +150,8 @@ def first_bad_scale(blocks: U8, scales: U8) -> tuple[int, int] | None:
     if int(scales.max(initial=0)) < 253:
         return None
     for row, group in np.argwhere(scales >= 253):
-        largest = float(np.abs(decode_reference(blocks[row, group][None], scales[row, group][None])).max())
+        with np.errstate(over="ignore"):
+            largest = float(np.abs(decode_reference(blocks[row, group][None], scales[row, group][None])).max())
         if scales[row, group] == 255 or not np.isfinite(largest):
             return int(row), int(group)
     return None

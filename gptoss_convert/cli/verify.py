@@ -12,7 +12,7 @@ from gptoss_convert.errors import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gptoss_convert.convert.verify import FileResult, Report
+    from gptoss_convert.convert.verify_report import FileResult, Report
 
 EVERY_BYTE = "every byte agrees"  # what goes without saying beside "verified"
 STYLES = {"verified": "green", "mismatched": "bold red", "missing": "bold red", "unknown": "yellow"}

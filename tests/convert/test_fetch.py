@@ -17,7 +17,8 @@ from support.hub import Hub, git_sha1, pinned, serve, sha256, small_safetensors,
 from gptoss_convert.convert import fetch as engine
 from gptoss_convert.convert import official
 from gptoss_convert.convert.official import Table
-from gptoss_convert.convert.verify import Report, Status, verify
+from gptoss_convert.convert.verify import verify
+from gptoss_convert.convert.verify_report import Report, Status
 from gptoss_convert.errors import (
     BadInput,
     CannotWrite,

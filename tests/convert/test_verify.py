@@ -15,7 +15,8 @@ from gptoss_convert.cli.verify import command
 from gptoss_convert.convert import official
 from gptoss_convert.convert import verify as engine
 from gptoss_convert.convert.official import Table
-from gptoss_convert.convert.verify import FileResult, Report, Status, manifest_document, verify, write_manifest
+from gptoss_convert.convert.verify import manifest_document, verify, write_manifest
+from gptoss_convert.convert.verify_report import FileResult, Report, Status
 from gptoss_convert.errors import BadInput, ExitCode, InputChanged, Refused, TargetExists
 from gptoss_convert.formats.digests import format_sums, hash_file
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,46 @@ def test_numbers_that_json_does_not_have_are_refused(name: str) -> None:
     assert name in refusal(b'{"a": ' + name.encode() + b"}")
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e309", "1" + "0" * 400 + ".0"])
+def test_numbers_that_overflow_to_infinity_are_refused_at_any_depth(number: str) -> None:
+    message = refusal(f'{{"a": [{{"b": {number}}}]}}'.encode())
+    assert "too large" in message
+    assert number in message
+
+
+def test_the_largest_and_the_smallest_numbers_are_read() -> None:
+    text = b'{"a": 1.7976931348623157e308, "b": 1e-999, "c": "1e999", "d": 123456789012345678901234567890}'
+    assert parse_json(text, "x") == {
+        "a": sys.float_info.max,
+        "b": 0.0,
+        "c": "1e999",
+        "d": 123456789012345678901234567890,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'{"a": "x\ud800"}',
+        r'{"a": "\uDFFFx"}',
+        r'{"a": "\ude00\ud83d"}',
+        r'{"\uDbff": 1}',
+        r'{"a": [1, [{"b": ["\ud83d\ud83d\ude00"]}]]}',
+        r'{"a": {"x": {"\ude00": null}}}',
+        r'{"a": "\\\ud800"}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_in_keys_and_strings(text: str) -> None:
+    message = refusal(text.encode())
+    assert "not Unicode text" in message
+    assert message.encode()
+
+
+def test_whole_pairs_and_escaped_backslashes_are_read() -> None:
+    text = r'{"\ud83d\ude00": ["\uD83D\uDE00", "\\ud800", "\u00e9\ud7ff\ue000"]}'
+    assert parse_json(text.encode(), "x") == {"\U0001f600": ["\U0001f600", r"\ud800", "\u00e9\ud7ff\ue000"]}
+
+
 @pytest.mark.parametrize("unit", ["[", '{"a":'])
 def test_deep_nesting_is_refused(unit: str) -> None:
     assert "nested too deeply" in refusal(b'{"a":' + unit.encode() * 100_000)
@@ -176,4 +218,7 @@ def test_a_git_lfs_pointer_is_named_with_the_remedy() -> None:
 )
 def test_arbitrary_bytes_are_an_object_or_bad_input(text: bytes) -> None:
     with contextlib.suppress(BadInput):
-        assert isinstance(parse_json(text, "x"), dict)
+        value = parse_json(text, "x")
+        assert isinstance(value, dict)
+        # What is accepted can be written again by anyone: no infinity, no half characters.
+        assert json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) == value
