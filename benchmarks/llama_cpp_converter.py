@@ -20,10 +20,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from peer import PACKAGE, our_command, peer_command, write_checkpoint  # noqa: E402
-from support.checkpoints import SMALL, Model  # noqa: E402
-
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType  # noqa: E402
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from peer import PACKAGE, our_command, peer_command, write_checkpoint
+from support.checkpoints import SMALL, Model
 
 SPEC = replace(SMALL, layers=4, hidden=64, vocab=201088, spare_rows=1069)
 NAME = "gpt-oss-20b"  # a folder so named is what their converter reads the model's name from

@@ -12,10 +12,10 @@ from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.tree import walk
 
-TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMES = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     TEMPLATE,
     "generation_config.json",

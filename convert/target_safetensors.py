@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gptoss_convert.config import MXFP4_QUANTIZATION, ModelConfig, to_hf, to_original
@@ -25,6 +26,7 @@ from gptoss_convert.convert.names import (
 )
 from gptoss_convert.convert.plan import BLOCKS, SCALES, OutFile, Place, Plan, Slot, greedy_shards, slot_bytes
 from gptoss_convert.convert.source import Layout, Source
+from gptoss_convert.convert.tokens import special_ids
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.safetensors import build_header, release_order
 
@@ -202,7 +204,11 @@ def _logical_dtypes(slots: Mapping[str, Slot]) -> dict[str, str]:
 
 def _hf_config(source: Source, *, mxfp4: bool) -> bytes:
     """config.json: the source's own where it has one, with quantization_config and dtype put right; else the release's."""
-    table: dict[str, Any] = dict(source.config_table) if source.config_table else to_hf(source.config, mxfp4=mxfp4)
+    if source.config_table:
+        table = dict(source.config_table)
+    else:
+        ids = {**special_ids(source.companions), **source.config.token_ids}
+        table = to_hf(replace(source.config, token_ids=ids), mxfp4=mxfp4)
     if mxfp4:
         table["quantization_config"] = table.get("quantization_config") or MXFP4_QUANTIZATION
         if table["quantization_config"].get("quant_method") != "mxfp4":

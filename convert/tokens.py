@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, Companion, companion_bytes
+from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Companion, companion_bytes
 from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.formats.files import parse_json
 from gptoss_convert.formats.gguf import Value, ValueType
@@ -58,11 +58,7 @@ def read_vocabulary(companions: Mapping[str, Companion], rows: int, path: object
             remedy="give the folder that holds it: --tokenizer FOLDER",
         )
     table = parse_json(companion_bytes(companions[TOKENIZER]), TOKENIZER)
-    settings = (
-        parse_json(companion_bytes(companions["tokenizer_config.json"]), "tokenizer_config.json")
-        if "tokenizer_config.json" in companions
-        else {}
-    )
+    settings = _settings(companions)
     tokens, types = _tokens(table, rows)
     template = _template(companions, settings)
     return Vocabulary(tokens, types, _merges(table), _ids(table, settings), template)
@@ -110,9 +106,27 @@ def _ids(table: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, int
     for role in SPECIALS:
         text = settings.get(f"{role}_token")
         text = text.get("content") if isinstance(text, dict) else text
-        if text in by_text:
+        if isinstance(text, str) and text in by_text:
             ids[role] = by_text[text]
     return ids
+
+
+def special_ids(companions: Mapping[str, Companion]) -> dict[str, int]:
+    """bos, eos and pad by tokenizer_config.json alone: a tokenizer.json may have to be made, which takes long."""
+    settings = _settings(companions)
+    listed = settings.get("added_tokens_decoder")
+    tokens = [
+        {"content": token["content"], "id": int(index)}
+        for index, token in (listed.items() if isinstance(listed, dict) else ())
+        if index.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+    ]
+    return _ids({"added_tokens": tokens}, settings)
+
+
+def _settings(companions: Mapping[str, Companion]) -> dict[str, Any]:
+    if TOKENIZER_CONFIG not in companions:
+        return {}
+    return parse_json(companion_bytes(companions[TOKENIZER_CONFIG]), TOKENIZER_CONFIG)
 
 
 def _template(companions: Mapping[str, Companion], settings: Mapping[str, Any]) -> str | None:
@@ -189,7 +203,7 @@ def _tokenizer_files(
     names = {f"{role}_token": text for role, text in roles.items()}
     return {
         TOKENIZER: make,
-        "tokenizer_config.json": json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n",
+        TOKENIZER_CONFIG: json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n",
         "special_tokens_map.json": json.dumps(names, indent=2).encode() + b"\n",
     }
 

@@ -299,7 +299,7 @@ def to_hf(config: ModelConfig, *, mxfp4: bool) -> dict[str, Any]:
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "attention_dropout": 0.0,
-        "eos_token_id": config.token_ids.get("eos", 200002),
+        "eos_token_id": config.token_ids.get("eos", 200002 if config.vocab > 200002 else None),
         "experts_per_token": config.experts_per_token,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -316,7 +316,7 @@ def to_hf(config: ModelConfig, *, mxfp4: bool) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "num_local_experts": config.experts,
         "output_router_logits": False,
-        "pad_token_id": config.token_ids.get("pad", 199999),
+        "pad_token_id": config.token_ids.get("pad", 199999 if config.vocab > 199999 else None),
         "rms_norm_eps": config.rms_eps,
         "rope_scaling": {
             "beta_fast": config.beta_fast,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,7 +23,7 @@ LISTED_ODDITIES = 200
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC")
 @click.option("--tensors", is_flag=True, help="Every tensor on a line of its own.")
 @click.option("--quick", is_flag=True, help="Headers only: says nothing about the values.")
 @click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads that read values.")
@@ -34,10 +33,10 @@ LISTED_ODDITIES = 200
     help='What "gate_proj" means in a per-expert checkpoint, where the weights do not tell.',
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def command(*, source: Path, tensors: bool, quick: bool, threads: int, gate_proj: str | None, as_json: bool) -> None:
+def command(*, source: str, tensors: bool, quick: bool, threads: int, gate_proj: str | None, as_json: bool) -> None:
     """Say what SRC is: layout, model, types, shapes, tokenizer, template, and whatever is odd about it.
 
-    SRC is a folder, a file, or a snapshot in the hub's cache. Every value is read, unless --quick is given. Pickles are
+    SRC is a folder, a file, a snapshot in the hub's cache, or OWNER/NAME@COMMIT, which is fetched first. Every value is read, unless --quick is given. Pickles are
     never opened, templates never rendered. "Official" is said of a digest only; for the weights ask verify.
 
     Exit codes: 0 nothing that would stop a conversion, 3 something is missing, unexpected, misshapen or not finite.
@@ -45,10 +44,10 @@ def command(*, source: Path, tensors: bool, quick: bool, threads: int, gate_proj
     from gptoss_convert.cli.output import emit, progress
     from gptoss_convert.convert.inspect import inspect_open
     from gptoss_convert.convert.inspect_values import value_bytes
+    from gptoss_convert.convert.resolve import resolve_source
     from gptoss_convert.convert.source import open_source
-    from gptoss_convert.formats.tree import source_root
 
-    with open_source(source_root(source), gate_proj=gate_proj) as opened:
+    with open_source(resolve_source(source, progress), gate_proj=gate_proj) as opened:
         total = 0 if quick else value_bytes(opened)
         with progress("reading values", total, enabled=not quick) as advance:
             found = inspect_open(opened, values=not quick, threads=threads, progress=advance)

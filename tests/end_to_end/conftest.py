@@ -9,6 +9,7 @@ import pytest
 import torch
 from end_to_end.judges import TEXT, convert, in_transformers
 from support.checkpoints import (
+    SMALL,
     STEADY,
     Model,
     write_bf16,
@@ -42,14 +43,24 @@ def steady() -> Model:
     return Model(STEADY)
 
 
+def write_sources(model: Model, folder: Path) -> Path:
+    """The model in each layout, by name."""
+    for name, write in SOURCES.items():
+        write(model, folder / name)
+    small_tokenizer(folder / "original", model.spec.vocab, model.spec.spare_rows)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sources(steady: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model in each layout, by name."""
-    folder = tmp_path_factory.mktemp("sources")
-    for name, write in SOURCES.items():
-        write(steady, folder / name)
-    small_tokenizer(folder / "original", STEADY.vocab, STEADY.spare_rows)
-    return folder
+    """A folder with `steady` in each layout."""
+    return write_sources(steady, tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def small_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in each layout that says of YaRN what the release says, which every layout can express."""
+    return write_sources(Model(SMALL), tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +71,14 @@ def ids(sources: Path) -> list[int]:
 
 @pytest.fixture(scope="session")
 def logits(sources: Path, ids: list[int]) -> torch.Tensor:
-    """What transformers computes of the source, float32 [T, V]."""
+    """What transformers computes of `steady`, float32 [T, V]."""
     return in_transformers(sources / "hf", ids)
+
+
+@pytest.fixture(scope="session")
+def small_logits(small_sources: Path, ids: list[int]) -> torch.Tensor:
+    """What transformers computes of the model in `small_sources`, float32 [T, V]."""
+    return in_transformers(small_sources / "hf", ids)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gptoss_convert.cli import cli
 from numpy.typing import NDArray
 from support.llama import load
+
+from gptoss_convert.cli import cli
 
 F64 = NDArray[np.float64]
 
@@ -53,8 +53,3 @@ def divergence(want: F64, got: F64) -> F64:
     """KL(want ‖ got) in nats after each token, [T]."""
     result: F64 = (np.exp(want) * (want - got)).sum(-1)
     return result
-
-
-def contents(value: Any) -> Any:
-    """A GGUFReader field's value."""
-    return value.contents()

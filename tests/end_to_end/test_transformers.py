@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from end_to_end.judges import convert, in_transformers
-from support.checkpoints import STEADY
+from support.checkpoints import SMALL
 
 SOURCES = ["hf", "original", "bf16", "bf16-misnamed", "linearised", "per-expert", "halves", "gguf/model.gguf"]
 
@@ -23,32 +23,31 @@ def options(name: str) -> list[str]:
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("to", ["hf", "bf16"])
 def test_written_folder_computes_the_same_logits(
-    name: str, to: str, sources: Path, ids: list[int], logits: torch.Tensor, tmp_path: Path
+    name: str, to: str, small_sources: Path, ids: list[int], small_logits: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder = convert(sources / name, tmp_path / "out", to, *options(name))
-    assert torch.equal(in_transformers(folder, ids), logits)
+    folder = convert(small_sources / name, tmp_path / "out", to, *options(name))
+    assert torch.equal(in_transformers(folder, ids), small_logits)
 
 
-def test_original_folder_and_back(sources: Path, ids: list[int], logits: torch.Tensor, tmp_path: Path) -> None:
+def test_original_folder_and_back(
+    small_sources: Path, ids: list[int], small_logits: torch.Tensor, tmp_path: Path
+) -> None:
     """transformers does not read original/, so it is read back as HF."""
-    original = convert(sources / "hf", tmp_path / "original", "original")
-    folder = convert(original, tmp_path / "hf", "hf", "--tokenizer", str(sources / "hf"))
-    assert torch.equal(in_transformers(folder, ids), logits)
+    original = convert(small_sources / "hf", tmp_path / "original", "original")
+    folder = convert(original, tmp_path / "hf", "hf", "--tokenizer", str(small_sources / "hf"))
+    assert torch.equal(in_transformers(folder, ids), small_logits)
 
 
 def test_metal_keeps_all_but_the_rows_without_a_token(
-    sources: Path, ids: list[int], logits: torch.Tensor, tmp_path: Path
+    small_sources: Path, ids: list[int], small_logits: torch.Tensor, tmp_path: Path
 ) -> None:
-    """Metal's file holds YaRN's bounds unrounded, so the model with rounded ones is not in it: a model without is taken."""
-    folder = convert(sources / "metal" / "model.bin", tmp_path / "hf", "hf")
-    text = (folder / "config.json").read_text().replace('"truncate": false', '"truncate": true')
-    (folder / "config.json").write_text(text)
-    assert torch.equal(in_transformers(folder, ids), logits[:, : STEADY.text_tokens + 16])
+    folder = convert(small_sources / "metal" / "model.bin", tmp_path / "hf", "hf")
+    assert torch.equal(in_transformers(folder, ids), small_logits[:, : SMALL.text_tokens + 16])
 
 
 def test_split_folder_is_the_same_model(
-    sources: Path, ids: list[int], logits: torch.Tensor, tmp_path: Path
+    small_sources: Path, ids: list[int], small_logits: torch.Tensor, tmp_path: Path
 ) -> None:
-    folder = convert(sources / "hf", tmp_path / "out", "hf", "--split-size", "200KB")
+    folder = convert(small_sources / "hf", tmp_path / "out", "hf", "--split-size", "200KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    assert torch.equal(in_transformers(folder, ids), logits)
+    assert torch.equal(in_transformers(folder, ids), small_logits)
