@@ -1,0 +1,199 @@
+"""Widening: a wider model that computes the same function, so that codecs with blocks of 256 divide its rows.
+
+2880 = 11·256 + 64, so no K- or i-type fits a gpt-oss row. With the residual stream D widened to D' and each expert's F to F' by
+zeros, they do, and no runtime needs to know:
+
+    tensor                     change
+    embedding, head            zero columns
+    attention and mlp norm,    gain · √(D/D'), zeros beyond D; epsilon · D/D'. The mean square over D' of a vector with D' − D zeros is
+    final norm                 D/D' of that over D, so the normed vector comes out the same
+    q, k, v, router            zero columns
+    attention output, down     zero rows, zero bias
+    gate, up                   zero columns, zero rows, zero bias: gate 0 makes the activation 0
+    down                       zero columns
+
+Heads, rope and the router's choice are untouched. A gain from bfloat16 is widened in float64 and rounded to float32, close enough
+that dividing and rounding to bfloat16 gives the original back: nothing of it is lost.
+
+The file says what it is by keys of our own, from which `narrow` makes the original's views again: the proof and every later
+comparison are against the source, not against a widened copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.names import Shape, as_stack, canonical_shapes
+from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.views import Stack, View
+from gptoss_convert.kernels import mxfp4
+from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
+from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
+from gptoss_convert.kernels.floats import F32
+
+SUPER_BLOCK = 256
+KEY_HIDDEN = "gptoss-convert.widened.hidden"  # the true D
+KEY_INTERMEDIATE = "gptoss-convert.widened.intermediate"  # the true F
+KEY_GAIN = "gptoss-convert.widened.gain_encoding"  # what the norms' gains were stored in
+
+
+@dataclass(frozen=True)
+class Widening:
+    """From D to `hidden` and from F to `intermediate`."""
+
+    hidden: int
+    intermediate: int
+
+
+def required(config: ModelConfig, codecs: Mapping[str, str]) -> Widening | None:
+    """The least widening that makes every GGUF tensor's rows divide by its codec's block; None where they do.
+
+    codecs: GGUF name → codec.
+    """
+    blocks = {"hidden": 1, "intermediate": 1}
+    for name, codec in codecs.items():
+        width = "intermediate" if ".ffn_down_exps.weight" in name else "hidden"
+        if ".attn_output.weight" not in name:  # its rows are H·hd wide, which no widening changes
+            blocks[width] = math.lcm(blocks[width], CODECS[codec].block)
+    hidden, intermediate = (_up(getattr(config, width), block) for width, block in blocks.items())
+    return None if (hidden, intermediate) == (config.hidden, config.intermediate) else Widening(hidden, intermediate)
+
+
+def _up(width: int, block: int) -> int:
+    return width + -width % block
+
+
+def widened_config(config: ModelConfig, widening: Widening) -> ModelConfig:
+    """The configuration of the wide model; epsilon shrinks with the mean."""
+    share = config.hidden / widening.hidden
+    return replace(config, hidden=widening.hidden, intermediate=widening.intermediate, rms_eps=config.rms_eps * share)
+
+
+def is_gain(name: str) -> bool:
+    """Whether a canonical tensor is a norm's gain over the residual stream."""
+    return name.endswith("layernorm.weight") or name == "model.norm.weight"
+
+
+def gain_factor(true_width: int, width: int) -> float:
+    """What a gain is multiplied with when its vector is widened: √(D/D')."""
+    return math.sqrt(true_width / width)
+
+
+def widen(source: Source, widening: Widening) -> Source:
+    """The same source as the wide model."""
+    config = widened_config(source.config, widening)
+    factor = gain_factor(source.config.hidden, widening.hidden)
+    shapes = canonical_shapes(config)
+    views = {
+        name: Wide(view, as_stack(shapes[name]), factor if is_gain(name) else 1.0)
+        for name, view in source.views.items()
+    }
+    return replace(source, config=config, views=dict(views))
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A view with zero rows and columns added up to `stack`, and values multiplied with `factor`."""
+
+    base: View
+    stack: Stack
+    factor: float = 1.0
+
+    @property
+    def encoding(self) -> str:
+        """As the base; float32 where a factor or a width in mid-block makes new values."""
+        extra = self.stack[2] - self.base.stack[2]
+        if self.factor != 1.0 or (self.base.encoding not in FLOATS and (self.base.encoding != "mxfp4" or extra % 32)):
+            return "f32"
+        return self.base.encoding
+
+    @property
+    def true_columns(self) -> int:
+        """Columns that hold the model's own values."""
+        return self.base.stack[2]
+
+    def read(self, expert: int, start: int, stop: int) -> Chunk:
+        """See View."""
+        _, rows, columns = self.base.stack
+        chunk = self.base.read(expert, min(start, rows), min(stop, rows))
+        height, width = stop - start, self.stack[2]
+        if self.encoding == "mxfp4" and isinstance(chunk, Mxfp4):
+            groups = width // mxfp4.BLOCK
+            blocks = np.zeros((height, groups, mxfp4.CODE_BYTES), np.uint8)
+            scales = np.zeros((height, groups), np.uint8)
+            blocks[: chunk.shape[0], : chunk.scales.shape[1]] = chunk.blocks
+            scales[: chunk.shape[0], : chunk.scales.shape[1]] = chunk.scales
+            return Mxfp4(blocks, scales)
+        values = np.zeros((height, width), np.float32)
+        if chunk.shape[0]:
+            values[: chunk.shape[0], :columns] = self._scaled(chunk.values())
+        return Rows(self.encoding, encode_float(values, self.encoding))
+
+    def _scaled(self, values: F32) -> F32:
+        return values if self.factor == 1.0 else (values.astype(np.float64) * self.factor).astype(np.float32)
+
+
+# --- back --------------------------------------------------------------------------------------------------------------
+
+
+def narrow(source: Source, hidden: int, intermediate: int, gain_encoding: str) -> Source:
+    """The model that a wide file was made of: true widths, gains and epsilon."""
+    wide = source.config
+    share = hidden / wide.hidden
+    eps = float(f"{wide.rms_eps / share:.6g}")
+    config = replace(wide, hidden=hidden, intermediate=intermediate, rms_eps=eps)
+    factor = gain_factor(hidden, wide.hidden)
+    shapes: dict[str, Shape] = canonical_shapes(config)
+    views: dict[str, View] = {}
+    for name, view in source.views.items():
+        stack = as_stack(shapes[name])
+        if is_gain(name):
+            views[name] = Gain(view, stack, factor, gain_encoding)
+        else:
+            views[name] = view if view.stack == stack else Cropped(view, stack)
+    return replace(source, config=config, views=views)
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """The first rows and columns of a view. Columns cut in mid-block come out as float32 values, exactly."""
+
+    base: View
+    stack: Stack
+
+    @property
+    def encoding(self) -> str:
+        """As the base: what the file holds."""
+        return self.base.encoding
+
+    def read(self, expert: int, start: int, stop: int) -> Chunk:
+        """See View."""
+        chunk, columns = self.base.read(expert, start, stop), self.stack[2]
+        if isinstance(chunk, Mxfp4) and columns % mxfp4.BLOCK == 0:
+            groups = columns // mxfp4.BLOCK
+            return Mxfp4(np.ascontiguousarray(chunk.blocks[:, :groups]), np.ascontiguousarray(chunk.scales[:, :groups]))
+        if isinstance(chunk, Rows) and CODECS[chunk.encoding].fits(columns):
+            size = CODECS[chunk.encoding].row_bytes(columns)
+            return Rows(chunk.encoding, np.ascontiguousarray(chunk.data[:, :size]))
+        values = np.ascontiguousarray(chunk.values()[:, :columns])
+        return Rows("f32", encode_float(values, "f32"))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm's gain with the widening's factor taken out again, rounded to the encoding it once had."""
+
+    base: View
+    stack: Stack
+    factor: float
+    encoding: str
+
+    def read(self, expert: int, start: int, stop: int) -> Chunk:
+        """See View."""
+        values = self.base.read(expert, start, stop).values()[:, : self.stack[2]].astype(np.float64) / self.factor
+        return Rows(self.encoding, encode_float(values.astype(np.float32), self.encoding))

@@ -1,0 +1,208 @@
+"""Recipes: which codec each tensor of a GGUF gets.
+
+A recipe names a codec for each *part* of the model and may override it by rules, later ones winning:
+
+    part        tensors                                                          must be
+    gate, up    blk.N.ffn_gate_exps.weight, blk.N.ffn_up_exps.weight             any codec
+    down        blk.N.ffn_down_exps.weight                                       any codec
+    attention   blk.N.attn_{q,k,v,output}.weight                                 any codec
+    embedding   token_embd.weight                                                any codec
+    head        output.weight                                                    any codec
+
+Router, norms, biases and sinks are F32 in every recipe: they are small, and what they decide is large. TYPES holds the
+recipes behind the names that people know; `read_recipe` reads anyone's own:
+
+    name = "mine"
+    gate = "q2_k"
+    up = "q2_k"
+    down = "q3_k"
+    attention = "q6_k"
+    embedding = "q4_k"
+    head = "q6_k"
+
+    [[rule]]
+    match = "blk.*.ffn_down_exps.weight"      # shell pattern on the GGUF name
+    layers = "0-2, 21-"                       # optional
+    codec = "q4_k"
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from gptoss_convert.errors import BadInput, UsageError
+from gptoss_convert.kernels.codecs import CODECS
+
+PARTS = ("gate", "up", "down", "attention", "embedding", "head")
+EXPERT_PARTS = ("gate", "up", "down")
+_PATTERNS = {
+    "gate": "blk.*.ffn_gate_exps.weight",
+    "up": "blk.*.ffn_up_exps.weight",
+    "down": "blk.*.ffn_down_exps.weight",
+    "attention": "blk.*.attn_*.weight",
+    "embedding": "token_embd.weight",
+    "head": "output.weight",
+}
+_NEVER = ("blk.*.attn_norm.weight", "blk.*.attn_sinks.weight")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An override: tensors whose GGUF name matches, in these layers (None: all), get this codec."""
+
+    match: str
+    codec: str
+    layers: str | None = None
+
+    def applies(self, name: str, layer: int | None, count: int) -> bool:
+        """Whether the rule speaks of this tensor of a model of `count` layers."""
+        if not fnmatchcase(name, self.match):
+            return False
+        return self.layers is None or (layer is not None and layer in parse_layers(self.layers, count))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named choice of codecs: one for each part, then rules."""
+
+    name: str
+    codecs: Mapping[str, str]
+    rules: tuple[Rule, ...] = ()
+
+    def codec(self, name: str, layer: int | None, layers: int) -> str:
+        """The codec of a GGUF tensor."""
+        part = part_of(name)
+        if part is None:
+            return "f32"
+        chosen = self.codecs[part]
+        for rule in self.rules:
+            if rule.applies(name, layer, layers):
+                chosen = rule.codec
+        return chosen
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it enters a certificate."""
+        rules = [{"match": r.match, "codec": r.codec, "layers": r.layers} for r in self.rules]
+        return {"name": self.name, **self.codecs, "rules": rules}
+
+
+def part_of(name: str) -> str | None:
+    """The part that a GGUF tensor belongs to, or None for what is always F32."""
+    if any(fnmatchcase(name, pattern) for pattern in _NEVER):
+        return None
+    return next((part for part, pattern in _PATTERNS.items() if fnmatchcase(name, pattern)), None)
+
+
+def parse_layers(text: str, count: int) -> frozenset[int]:
+    """The layers that a text such as "0-2, 21-" names; of 24 layers → {0, 1, 2, 21, 22, 23}."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)
+        if match is None:
+            raise UsageError("not a list of layers", found=text, expected='such as "0-2, 5, 21-"')
+        first = int(match[1])
+        last = first if match[2] is None else int(match[3]) if match[3] else count - 1
+        layers.update(range(first, min(last, count - 1) + 1))
+    return frozenset(layers)
+
+
+def _all(gate_up: str, down: str, attention: str, embedding: str, head: str, *rules: Rule) -> dict[str, Any]:
+    codecs = {"gate": gate_up, "up": gate_up, "down": down}
+    return {"codecs": {**codecs, "attention": attention, "embedding": embedding, "head": head}, "rules": rules}
+
+
+_DOWN = "blk.*.ffn_down_exps.weight"
+
+#                     gate, up    down        attention  embedding  head
+_TABLE = {
+    "f32":       _all("f32",      "f32",      "f32",     "f32",     "f32"),
+    "bf16":      _all("bf16",     "bf16",     "bf16",    "bf16",    "bf16"),
+    "f16":       _all("f16",      "f16",      "f16",     "f16",     "f16"),
+    "mxfp4":     _all("mxfp4",    "mxfp4",    "q8_0",    "q8_0",    "q8_0"),
+    "nvfp4":     _all("nvfp4",    "nvfp4",    "q8_0",    "q8_0",    "q8_0"),
+    "q8_0":      _all("q8_0",     "q8_0",     "q8_0",    "q8_0",    "q8_0"),
+    "q5_0":      _all("q5_0",     "q5_0",     "q8_0",    "q5_0",    "q8_0"),
+    "q5_1":      _all("q5_1",     "q5_1",     "q8_0",    "q5_1",    "q8_0"),
+    "q4_0":      _all("q4_0",     "q4_0",     "q8_0",    "q4_0",    "q8_0"),
+    "q4_1":      _all("q4_1",     "q4_1",     "q8_0",    "q4_1",    "q8_0"),
+    "iq4_nl":    _all("iq4_nl",   "iq4_nl",   "q8_0",    "q4_0",    "q8_0"),
+    "q6_k":      _all("q6_k",     "q6_k",     "q6_k",    "q6_k",    "q6_k"),
+    "q5_k_m":    _all("q5_k",     "q5_k",     "q6_k",    "q5_k",    "q6_k", Rule(_DOWN, "q6_k", "0-2")),
+    "q5_k_s":    _all("q5_k",     "q5_k",     "q5_k",    "q5_k",    "q6_k"),
+    "q4_k_m":    _all("q4_k",     "q4_k",     "q6_k",    "q4_k",    "q6_k", Rule(_DOWN, "q6_k", "0-2")),
+    "q4_k_s":    _all("q4_k",     "q4_k",     "q5_k",    "q4_k",    "q6_k"),
+    "iq4_xs":    _all("iq4_xs",   "iq4_xs",   "q6_k",    "q4_k",    "q6_k"),
+    "q3_k_m":    _all("q3_k",     "q3_k",     "q6_k",    "q4_k",    "q6_k", Rule(_DOWN, "q4_k", "0-2")),
+    "q3_k_s":    _all("q3_k",     "q3_k",     "q6_k",    "q4_k",    "q6_k"),
+    "iq3_s":     _all("iq3_s",    "iq3_s",    "q6_k",    "q4_k",    "q6_k"),
+    "iq3_xxs":   _all("iq3_xxs",  "iq3_xxs",  "q6_k",    "q4_k",    "q6_k"),
+    "q2_k":      _all("q2_k",     "q3_k",     "q6_k",    "q4_k",    "q6_k"),
+    "q2_k_s":    _all("q2_k",     "q2_k",     "q6_k",    "q4_k",    "q6_k"),
+    "iq2_s":     _all("iq2_s",    "iq2_s",    "q6_k",    "q4_k",    "q6_k"),
+    "iq2_xs":    _all("iq2_xs",   "iq2_xs",   "q6_k",    "q4_k",    "q6_k"),
+    "iq2_xxs":   _all("iq2_xxs",  "iq2_xxs",  "q6_k",    "q4_k",    "q6_k"),
+    "q2_0":      _all("q2_0",     "q2_0",     "q8_0",    "q4_0",    "q8_0"),
+}  # fmt: skip
+
+TYPES: dict[str, Recipe] = {name: Recipe(name, **fields) for name, fields in _TABLE.items()}
+
+
+def named(name: str) -> Recipe:
+    """The recipe behind a type's name, case ignored."""
+    recipe = TYPES.get(name.lower())
+    if recipe is None:
+        raise UsageError("no such type", found=name, expected=", ".join(TYPES))
+    return recipe
+
+
+def plain(experts: str, dense: str) -> Recipe:
+    """One codec for all experts and one for embedding, head and attention: what --experts and --dense ask for."""
+    return Recipe(f"{experts}+{dense}", {p: experts if p in EXPERT_PARTS else dense for p in PARTS})
+
+
+def read_recipe(text: str, where: object) -> Recipe:
+    """A recipe from TOML."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput("the recipe is not TOML", file=where, found=error) from error
+    unknown = set(table) - {"name", "rule", *PARTS}
+    if unknown:
+        raise BadInput("the recipe has unknown keys", file=where, found=", ".join(sorted(unknown)))
+    missing = [part for part in PARTS if part not in table]
+    if missing:
+        raise BadInput("the recipe does not say what every part gets", file=where, expected=", ".join(missing))
+    rules = table.get("rule", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise BadInput("the recipe's rules are not tables", file=where, expected="[[rule]] tables")
+    recipe = Recipe(
+        str(table.get("name", "recipe")),
+        {part: _codec(table[part], part, where) for part in PARTS},
+        tuple(_rule(rule, where) for rule in rules),
+    )
+    return recipe
+
+
+def _rule(table: Mapping[str, Any], where: object) -> Rule:
+    unknown = set(table) - {"match", "codec", "layers"}
+    if unknown or not isinstance(table.get("match"), str):
+        raise BadInput(
+            "a rule has unknown keys, or no match", file=where, found=dict(table), expected="match, codec, layers"
+        )
+    layers = table.get("layers")
+    if layers is not None:
+        if not isinstance(layers, str):
+            raise BadInput("a rule's layers are not text", file=where, found=layers, expected='such as "0-2, 21-"')
+        parse_layers(layers, 1)
+    return Rule(table["match"], _codec(table.get("codec"), f"rule {table['match']}", where), layers)
+
+
+def _codec(name: object, what: str, where: object) -> str:
+    if not isinstance(name, str) or name.lower() not in CODECS:
+        raise BadInput(f"{what} asks for an unknown codec", file=where, found=name, expected=", ".join(CODECS))
+    return name.lower()
