@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import re
 import struct
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
 from peer import PACKAGE, our_command, peer_command, write_checkpoint
 from support.checkpoints import SMALL, Model
 
@@ -28,6 +31,8 @@ SPEC = replace(SMALL, layers=4, hidden=64, vocab=201088, spare_rows=1069)
 NAME = "gpt-oss-20b"  # a folder so named is what their converter reads the model's name from
 CODECS = ("auto", "f32", "f16", "bf16", "q8_0")
 STRING, ARRAY = 8, 9
+Tensor = tuple[str, tuple[int, ...], bytes]
+"""Type, shape, bytes."""
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
@@ -36,7 +41,7 @@ class Contents:
     """A GGUF: key → (type, bytes of the value); tensor → (type, shape, bytes); both in the file's order."""
 
     keys: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Reader:
@@ -108,23 +113,38 @@ def shown(value: tuple[str, bytes] | None) -> str:
     return f"{kind}, {len(data)} bytes"
 
 
-def differences(ours: Contents, theirs: Contents) -> list[str]:
-    """One line for each key or tensor that is not the same in both."""
-    lines = []
-    for key in dict.fromkeys([*theirs.keys, *ours.keys]):
-        a, b = ours.keys.get(key), theirs.keys.get(key)
-        if a != b:
-            lines.append(f"key `{key}`: ours {shown(a)}, theirs {shown(b)}")
+def key_differences(ours: Contents, theirs: Contents) -> list[str]:
+    """One line for each key that is not the same in both."""
+    keys = dict.fromkeys([*theirs.keys, *ours.keys])
+    pairs = {key: (ours.keys.get(key), theirs.keys.get(key)) for key in keys}
+    return [f"key `{key}`: ours {shown(a)}, theirs {shown(b)}" for key, (a, b) in pairs.items() if a != b]
+
+
+def tensor_differences(ours: Contents, theirs: Contents, exact: Contents) -> list[str]:
+    """One line for each kind of tensor, over the layers, that is not the same; errors are relative to the F32 file's."""
+    groups: dict[str, list[str]] = {}
     for name in dict.fromkeys([*theirs.tensors, *ours.tensors]):
-        mine, other = ours.tensors.get(name), theirs.tensors.get(name)
-        if mine is None or other is None:
-            lines.append(f"tensor `{name}`: only in {'theirs' if mine is None else 'ours'}")
-        elif mine[:2] != other[:2]:
-            lines.append(f"tensor `{name}`: ours {mine[0]} {mine[1]}, theirs {other[0]} {other[1]}")
-        elif mine[2] != other[2]:
-            count = sum(x != y for x, y in zip(mine[2], other[2], strict=True))
-            lines.append(f"tensor `{name}` ({mine[0]}): {count} of {len(mine[2])} bytes differ")
-    return lines
+        a, b = ours.tensors.get(name), theirs.tensors.get(name)
+        if a is None or b is None:
+            what = f"only in {'theirs' if a is None else 'ours'}"
+        elif a[:2] != b[:2]:
+            what = f"ours {a[0]} {a[1]}, theirs {b[0]} {b[1]}"
+        elif a[2] != b[2]:
+            errors = [error(tensor, exact.tensors[name]) for tensor in (a, b)]
+            what = f"{a[0]} of other bytes; relative error of ours {errors[0]:.1e}, of theirs {errors[1]:.1e}"
+        else:
+            continue
+        groups.setdefault(re.sub(r"blk\.\d+", "blk.*", name), []).append(what)
+    return [f"tensor `{name}` ({len(found)} times): {found[0]}" for name, found in groups.items()]
+
+
+def error(tensor: Tensor, exact: Tensor) -> float:
+    """Root of the mean square of a tensor's errors over that of its values."""
+    values, wanted = (
+        dequantize(np.frombuffer(data, np.uint8 if kind != "F32" else np.float32), GGMLQuantizationType[kind])
+        for kind, _, data in (tensor, exact)
+    )
+    return float(np.linalg.norm(values - wanted) / np.linalg.norm(wanted))
 
 
 def options(layout: str, outtype: str) -> list[str]:
@@ -135,26 +155,41 @@ def options(layout: str, outtype: str) -> list[str]:
     return dense if layout == "hf" else ["--experts", outtype, *dense]
 
 
-def compare(layout: str, outtype: str, folder: Path) -> tuple[str, list[str]]:
-    """Both conversions of one source; returns a row of the table and the differences."""
-    source = folder / layout / NAME
-    if not source.exists():
-        write_checkpoint(Model(SPEC), source, layout)
-    ours, theirs = folder / "ours.gguf", folder / "theirs.gguf"
-    command, environment = peer_command(source, theirs, outtype)
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    chosen = options(layout, outtype)
-    subprocess.run([*our_command(source, ours, *chosen), "--overwrite"], check=True, capture_output=True)
-    a, b = read(ours), read(theirs)
-    found = differences(a, b)
-    same_keys = sum(b.keys.get(key) == value for key, value in a.keys.items())
-    same_tensors = sum(b.tensors.get(name) == value for name, value in a.tensors.items())
-    what = "MXFP4" if layout == "hf" else "bfloat16"
-    row = (
-        f"| {what} | `{outtype}` | `{' '.join(chosen) or '(none)'}` "
-        f"| {same_tensors} of {len(b.tensors)} | {same_keys} of {len(b.keys)} |"
-    )
-    return row, [f"{what}, `{outtype}`: {line}" for line in found]
+class Comparison:
+    """Conversions of one source by both, one row of the table and some differences each."""
+
+    def __init__(self, layout: str, folder: Path) -> None:
+        self.layout, self.folder, self.what = layout, folder, "MXFP4" if layout == "hf" else "bfloat16"
+        self.source = folder / layout / NAME
+        if not self.source.exists():
+            write_checkpoint(Model(SPEC), self.source, layout)
+        self.exact = self.theirs("f32")
+
+    def theirs(self, outtype: str) -> Contents:
+        """What their converter writes."""
+        target = self.folder / "theirs.gguf"
+        command, environment = peer_command(self.source, target, outtype)
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return read(target)
+
+    def ours(self, chosen: list[str]) -> Contents:
+        """What our converter writes."""
+        target = self.folder / "ours.gguf"
+        subprocess.run([*our_command(self.source, target, *chosen), "--overwrite"], check=True, capture_output=True)
+        return read(target)
+
+    def compare(self, outtype: str, *more: str) -> tuple[str, list[str]]:
+        """A row and the differences."""
+        chosen = [*options(self.layout, outtype), *more]
+        a, b = self.ours(chosen), self.exact if outtype == "f32" else self.theirs(outtype)
+        same_tensors = sum(b.tensors.get(name) == value for name, value in a.tensors.items())
+        same_keys = sum(b.keys.get(key) == value for key, value in a.keys.items())
+        row = (
+            f"| {self.what} | `{outtype}` | `{' '.join(chosen) or '(none)'}` "
+            f"| {same_tensors} of {len(b.tensors)} | {same_keys} of {len(b.keys)} |"
+        )
+        found = [*key_differences(a, b), *tensor_differences(a, b, self.exact)]
+        return row, [f"{self.what}, `{outtype}`, `{' '.join(chosen)}`: {line}" for line in found]
 
 
 def main() -> None:
@@ -163,8 +198,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave the files in this folder")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llama-cpp-converter-") as name:
-        folder = chosen.keep or Path(name)
-        results = [compare(layout, outtype, folder) for layout in ("hf", "bf16") for outtype in CODECS]
+        results = []
+        for layout in ("hf", "bf16"):
+            comparison = Comparison(layout, chosen.keep or Path(name))
+            results += [comparison.compare(outtype, "--name", NAME) for outtype in CODECS]
+            results.append(comparison.compare("auto"))
     print(f"{PACKAGE}; {SPEC.layers} layers, {SPEC.experts} experts, hidden {SPEC.hidden}, vocabulary {SPEC.vocab}\n")
     print("| source's experts | their `--outtype` | our options | same tensors | same keys |")
     print("| --- | --- | --- | ---: | ---: |")

@@ -54,8 +54,24 @@ def our_command(source: Path, target: Path, *options: str) -> list[str]:
     return [sys.executable, "-P", "-m", "gptoss_convert", "convert", str(source), str(target), "--to", "gguf", *options]
 
 
+CARD = """\
+---
+license: apache-2.0
+pipeline_tag: text-generation
+library_name: transformers
+tags:
+- vllm
+---
+
+A small model of random numbers.
+"""
+
+
 def true_companions(folder: Path) -> None:
-    """Put the release's tokenizer and template into a checkpoint: what the converter recognises as gpt-oss's."""
+    """Put the release's tokenizer and template into a checkpoint: what the converter recognises as gpt-oss's.
+
+    Beside them a model card with the release's front matter.
+    """
     found = tokenizers.true_tokenizer(CACHE / "tokenizer")
     if found is None:
         raise SystemExit(f"the release's tokenizer cannot be rebuilt: {tokenizers.no_true_tokenizer}")
@@ -63,6 +79,7 @@ def true_companions(folder: Path) -> None:
     settings = tokenizers.tokenizer_config(tokenizers.TRUE_TEXT_TOKENS)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(tokenizers.SPECIAL_TOKENS_MAP, indent=2) + "\n")
+    (folder / "README.md").write_text(CARD)
     shutil.copyfile(peer() / TEMPLATE, folder / "chat_template.jinja")
 
 

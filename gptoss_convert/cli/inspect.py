@@ -36,8 +36,9 @@ LISTED_ODDITIES = 200
 def command(*, source: str, tensors: bool, quick: bool, threads: int, gate_proj: str | None, as_json: bool) -> None:
     """Say what SRC is: layout, model, types, shapes, tokenizer, template, and whatever is odd about it.
 
-    SRC is a folder, a file, a snapshot in the hub's cache, or OWNER/NAME@COMMIT, which is fetched first. Every value is read, unless --quick is given. Pickles are
-    never opened, templates never rendered. "Official" is said of a digest only; for the weights ask verify.
+    SRC is a folder, a file, a snapshot in the hub's cache, or OWNER/NAME@COMMIT, which is fetched first. Every value is
+    read, unless --quick is given. Pickles are never opened, templates never rendered. "Official" is said of a digest only;
+    for the weights ask verify.
 
     Exit codes: 0 nothing that would stop a conversion, 3 something is missing, unexpected, misshapen or not finite.
     """

@@ -1,0 +1,210 @@
+"""Encoding super-blocks of 256 values whose parts have a scale and a minimum: Q2_K, Q4_K, Q5_K.
+
+    value = (d · scale) · q − (dmin · min)      d, dmin: float16, one each a super-block; scale, min: integers of a part
+
+Minimised is Σ w (x − decoded)² over each super-block, w the column's importance or 1, by descent from a good start:
+
+1. each part by itself, real-valued: several step widths, each with its integers' least-squares scale and minimum;
+2. d and dmin put the largest of these at the top of the integers' range;
+3. for these d and dmin, each part's (scale, min) among the neighbours of the rounded real ones, judged by the loss itself;
+4. d and dmin refitted by least squares to all integers at once, rounded to float16, and 3 repeated around the last pair;
+   a super-block keeps the round that lost least.
+
+Lanes of a tile (see `lanes`) are parts; consecutive lanes make a super-block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, f16, nearest
+
+F1 = np.float32(1)
+F2 = np.float32(2)
+
+
+@njit(**KERNEL)
+def fit_parts(x: Any, w: Any, high: Any, widths: Any, s: Any, scale: Any, minimum: Any) -> None:
+    """Step 1: real-valued scale ≥ 0 and minimum ≥ 0 (what is subtracted) of each lane. `s`: f32 [12, 64] of room."""
+    base, span, inverse, q1, qx, qq, least, sw, sv, svv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]
+    bounds(x, base, span)
+    for k in range(LANES):
+        base[k] = min(base[k], F0)
+        span[k] = max(span[k] - base[k], F0)
+    moments(x, w, base, sw, sv, svv)
+    for i in range(widths.size):
+        width = high + widths[i]
+        for k in range(LANES):
+            inverse[k] = width / span[k] if span[k] > TINY else F0
+        affine_sums(x, w, inverse, base, high, q1, qx, qq)
+        for k in range(LANES):
+            det = sw[k] * qq[k] - q1[k] * q1[k]
+            good = det > F0
+            a = (sw[k] * qx[k] - sv[k] * q1[k]) / det if good else span[k] / high
+            b = (qq[k] * sv[k] - q1[k] * qx[k]) / det if good else F0
+            if base[k] + b > F0:  # the minimum may not be negative: the line through the origin
+                b = -base[k]
+                a = (qx[k] + base[k] * q1[k]) / qq[k] if qq[k] > F0 else F0
+            error = svv[k] + a * (a * qq[k] - F2 * qx[k]) + b * (b * sw[k] - F2 * sv[k] + F2 * a * q1[k])
+            better = (i == 0) or ((error < least[k]) and good)
+            least[k] = error if better else least[k]
+            scale[k] = max(a, F0) if better else scale[k]
+            minimum[k] = -(base[k] + b) if better else minimum[k]
+
+
+@njit(**KERNEL)
+def moments(x: Any, w: Any, base: Any, s0: Any, s1: Any, s2: Any) -> None:
+    """Σ w, Σ w (x − base), Σ w (x − base)² of each lane."""
+    for k in range(LANES):
+        s0[k] = F0
+        s1[k] = F0
+        s2[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            v = x[j, k] - base[k]
+            u = F1 if w is None else w[j, k]
+            s0[k] += u
+            s1[k] += u * v
+            s2[k] += u * v * v
+
+
+@njit(**KERNEL)
+def first_scales(scale: Any, minimum: Any, parts: Any, top: Any, d: Any, dmin: Any) -> None:
+    """Step 2; d and dmin of every super-block, repeated in each of its lanes."""
+    for start in range(0, LANES, parts):
+        a, b = F0, F0
+        for k in range(start, start + parts):
+            a, b = max(a, scale[k]), max(b, minimum[k])
+        d[start : start + parts] = f16(a / top)
+        dmin[start : start + parts] = f16(b / top)
+
+
+@njit(**KERNEL)
+def search_pairs(
+    x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, moves: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
+) -> None:
+    """Step 3: the best integers (a, b) of each lane among (a0, b0) moved by `moves` f32 [M, 2], and their loss."""
+    ta, tb, unit, inverse, base, error = s[0], s[1], s[2], s[3], s[4], s[5]
+    for i in range(moves.shape[0]):
+        for k in range(LANES):
+            ta[k] = min(max(a0[k] + moves[i, 0], F0), top)
+            tb[k] = min(max(b0[k] + moves[i, 1], F0), top)
+            unit[k] = d[k] * ta[k]
+            inverse[k] = F1 / unit[k] if unit[k] > F0 else F0
+            base[k] = -(dmin[k] * tb[k])
+        affine_error(x, w, unit, inverse, base, high, error)
+        for k in range(LANES):
+            better = i == 0 or error[k] < least[k]
+            least[k] = error[k] if better else least[k]
+            a[k] = ta[k] if better else a[k]
+            b[k] = tb[k] if better else b[k]
+
+
+@njit(**KERNEL)
+def scan_scales(
+    x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, steps: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
+) -> None:
+    """Step 3, first half: for each scale a0 + step, the minimum refitted by least squares; the best pair and its loss."""
+    ta, tb, unit, inverse, base, error, q1, qx, qq, sw, sv = (
+        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10],
+    )  # fmt: skip
+    error[:] = F0
+    moments(x, w, error, sw, sv, qq)
+    for i in range(steps.size):
+        for k in range(LANES):
+            ta[k] = min(max(a0[k] + steps[i], F0), top)
+            unit[k] = d[k] * ta[k]
+            inverse[k] = F1 / unit[k] if unit[k] > F0 else F0
+            base[k] = -(dmin[k] * b0[k])
+        affine_q1(x, w, inverse, base, high, q1)
+        for k in range(LANES):
+            mean = (unit[k] * q1[k] - sv[k]) / sw[k] if sw[k] > F0 else F0
+            tb[k] = nearest(min(max(mean / dmin[k], F0), top)) if dmin[k] > F0 else F0
+            base[k] = -(dmin[k] * tb[k])
+        affine_error(x, w, unit, inverse, base, high, error)
+        for k in range(LANES):
+            better = i == 0 or error[k] < least[k]
+            least[k] = error[k] if better else least[k]
+            a[k] = ta[k] if better else a[k]
+            b[k] = tb[k] if better else b[k]
+
+
+@njit(**KERNEL)
+def affine_q1(x: Any, w: Any, inverse: Any, base: Any, high: Any, q1: Any) -> None:
+    for k in range(LANES):
+        q1[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            q = nearest(min(max((x[j, k] - base[k]) * inverse[k], F0), high))
+            q1[k] += q if w is None else w[j, k] * q
+
+
+@njit(**KERNEL)
+def refit(x: Any, w: Any, high: Any, parts: Any, a: Any, b: Any, s: Any, d: Any, dmin: Any) -> None:
+    """Step 4's least squares: d and dmin in place, for the integers that they, a and b give."""
+    inverse, base, q1, qx, qq, sw, sv, svv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]
+    for k in range(LANES):
+        unit = d[k] * a[k]
+        inverse[k] = F1 / unit if unit > F0 else F0
+        base[k] = -(dmin[k] * b[k])
+    affine_sums(x, w, inverse, base, high, q1, qx, qq)
+    moments(x, w, base, sw, sv, svv)
+    for start in range(0, LANES, parts):
+        # Corrections to d and dmin, as the residual is fitted: r = x − base = (d + Δ) a q − Δmin b.
+        aa, ab, bb, ra, rb = 0.0, 0.0, 0.0, 0.0, 0.0
+        for k in range(start, start + parts):
+            aa += a[k] * a[k] * qq[k]
+            ab += a[k] * b[k] * q1[k]
+            bb += b[k] * b[k] * sw[k]
+            ra += a[k] * qx[k]
+            rb += b[k] * sv[k]
+        det = aa * bb - ab * ab
+        new, change = np.float64(d[start]), 0.0
+        if det > 1e-9 * aa * bb:
+            new, change = (ra * bb - ab * rb) / det, (ab * ra - aa * rb) / det
+        elif aa > 0:
+            new = ra / aa
+        d[start : start + parts] = f16(np.float32(max(new, 0.0)))
+        dmin[start : start + parts] = f16(np.float32(max(dmin[start] + change, 0.0)))
+
+
+@njit(**KERNEL)
+def encode_parts(
+    x: Any, w: Any, high: Any, top: Any, parts: Any, widths: Any, wide: Any, near: Any, rounds: Any, s: Any, best: Any
+) -> None:
+    """Steps 1 to 4 of one tile. `best` f32 [4, 64] receives d, dmin and the integers of scale and min of each lane."""
+    room, scale, minimum, d, dmin, a, b, least, a0, b0, total = (
+        s[:12], s[12], s[13], s[14], s[15], s[16], s[17], s[18], s[19], s[20], s[21],
+    )  # fmt: skip
+    fit_parts(x, w, high, widths, room, scale, minimum)
+    first_scales(scale, minimum, parts, top, d, dmin)
+    for k in range(LANES):
+        a0[k] = nearest(min(scale[k] / d[k], top)) if d[k] > F0 else F0
+        b0[k] = nearest(min(minimum[k] / dmin[k], top)) if dmin[k] > F0 else F0
+    scan_scales(x, w, high, top, d, dmin, wide, room, a0, b0, a, b, least)
+    a0[:] = a
+    b0[:] = b
+    search_pairs(x, w, high, top, d, dmin, near, room, a0, b0, a, b, least)
+    keep(parts, True, least, total, d, dmin, a, b, best)
+    for _ in range(rounds):
+        refit(x, w, high, parts, a, b, room, d, dmin)
+        a0[:] = a
+        b0[:] = b
+        search_pairs(x, w, high, top, d, dmin, near, room, a0, b0, a, b, least)
+        keep(parts, False, least, total, d, dmin, a, b, best)
+
+
+@njit(**KERNEL)
+def keep(parts: Any, first: Any, least: Any, total: Any, d: Any, dmin: Any, a: Any, b: Any, best: Any) -> None:
+    """Take over the super-blocks that lose less than `total`, which is updated."""
+    for start in range(0, LANES, parts):
+        loss = F0
+        for k in range(start, start + parts):
+            loss += least[k]
+        if first or loss < total[start]:
+            total[start] = loss
+            for k in range(start, start + parts):
+                best[0, k], best[1, k], best[2, k], best[3, k] = d[k], dmin[k], a[k], b[k]

@@ -1,0 +1,124 @@
+"""Encoding super-blocks of 256 values whose parts of 16 have a signed scale and no minimum: Q3_K, Q6_K.
+
+    value = (d · scale) · q      d: float16, one a super-block; scale: a signed integer of a part; low ≤ q ≤ high
+
+Minimised is Σ w (x − decoded)² over each super-block, w the column's importance or 1:
+
+1. each part by itself, real-valued: the value of largest magnitude at −f for several f, with least-squares scales;
+2. d puts the largest scale at the end of its integers' range (the negative end, which reaches one further);
+3. for this d, each part's scale among the neighbours of the rounded real one (and of its negative: the integers q are
+   not symmetric), judged by the loss itself;
+4. d refitted by least squares to all integers at once, rounded to float16, and 3 repeated close to the last scales; a
+   super-block keeps the round that lost least.
+
+Lanes of a tile (see `lanes`) are parts; sixteen consecutive ones make a super-block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, f16, nearest, peaks, symmetric_error, symmetric_sums
+
+F1 = np.float32(1)
+PARTS = 16  # lanes a super-block
+
+
+@njit(**KERNEL)
+def fit_parts(x: Any, w: Any, low: Any, high: Any, factors: Any, s: Any, scale: Any) -> None:
+    """Step 1: the real-valued scale of each lane."""
+    size, peak, inverse, qx, qq, most = s[0], s[1], s[2], s[3], s[4], s[5]
+    peaks(x, size, peak)
+    for k in range(LANES):
+        most[k] = F0
+        scale[k] = peak[k] / low
+    for i in range(factors.size):
+        for k in range(LANES):
+            inverse[k] = -factors[i] / peak[k] if size[k] > TINY else F0
+        symmetric_sums(x, w, inverse, low, high, qx, qq)
+        for k in range(LANES):
+            # With the best scale qx/qq, the loss is Σ w x² − qx²/qq.
+            quotient = qx[k] / qq[k] if qq[k] > F0 else F0
+            better = quotient * qx[k] > most[k]
+            most[k] = quotient * qx[k] if better else most[k]
+            scale[k] = quotient if better else scale[k]
+
+
+@njit(**KERNEL)
+def first_scale(scale: Any, least: Any, d: Any) -> None:
+    """Step 2; d of every super-block, repeated in each of its lanes. `least` is the negative end of the scales."""
+    for start in range(0, LANES, PARTS):
+        widest = F0
+        for k in range(start, start + PARTS):
+            if abs(scale[k]) > abs(widest):
+                widest = scale[k]
+        d[start : start + PARTS] = f16(widest / least)
+
+
+@njit(**KERNEL)
+def search_scales(
+    x: Any, w: Any, low: Any, high: Any, ends: Any, d: Any, steps: Any, signs: Any, s: Any, a0: Any, a: Any, loss: Any
+) -> None:
+    """Step 3: the best integer scale of each lane among ±a0 + steps (`signs` 2) or a0 + steps (1), and its loss."""
+    trial, unit, inverse, error = s[0], s[1], s[2], s[3]
+    for sign in range(signs):
+        for i in range(steps.size):
+            for k in range(LANES):
+                trial[k] = min(max((a0[k] if sign == 0 else -a0[k]) + steps[i], ends[0]), ends[1])
+                unit[k] = d[k] * trial[k]
+                inverse[k] = F1 / unit[k] if unit[k] != F0 else F0
+            symmetric_error(x, w, unit, inverse, low, high, error)
+            for k in range(LANES):
+                better = (i == 0 and sign == 0) or error[k] < loss[k]
+                loss[k] = error[k] if better else loss[k]
+                a[k] = trial[k] if better else a[k]
+
+
+@njit(**KERNEL)
+def refit(x: Any, w: Any, low: Any, high: Any, a: Any, s: Any, d: Any) -> None:
+    """Step 4's least squares: d in place, for the integers that it and a give."""
+    inverse, qx, qq = s[0], s[1], s[2]
+    for k in range(LANES):
+        inverse[k] = F1 / (d[k] * a[k]) if d[k] * a[k] != F0 else F0
+    symmetric_sums(x, w, inverse, low, high, qx, qq)
+    for start in range(0, LANES, PARTS):
+        top, bottom = 0.0, 0.0
+        for k in range(start, start + PARTS):
+            top += a[k] * qx[k]
+            bottom += a[k] * a[k] * qq[k]
+        if bottom > 0:
+            d[start : start + PARTS] = f16(np.float32(top / bottom))
+
+
+@njit(**KERNEL)
+def encode_parts(
+    x: Any, w: Any, low: Any, high: Any, ends: Any, factors: Any, wide: Any, near: Any, signs: Any, s: Any, best: Any
+) -> None:
+    """Steps 1 to 4 of one tile. `ends` f32 [2]: least and largest scale; `best` f32 [2, 64] receives d and the scales."""
+    room, scale, d, a, loss, a0, total = s[:6], s[6], s[7], s[8], s[9], s[10], s[11]
+    fit_parts(x, w, low, high, factors, room, scale)
+    first_scale(scale, ends[0], d)
+    for k in range(LANES):
+        a0[k] = nearest(min(max(scale[k] / d[k], ends[0]), ends[1])) if d[k] != F0 else F0
+    search_scales(x, w, low, high, ends, d, wide, signs, room, a0, a, loss)
+    keep(True, loss, total, d, a, best)
+    refit(x, w, low, high, a, room, d)
+    a0[:] = a
+    search_scales(x, w, low, high, ends, d, near, 1, room, a0, a, loss)
+    keep(False, loss, total, d, a, best)
+
+
+@njit(**KERNEL)
+def keep(first: Any, loss: Any, total: Any, d: Any, a: Any, best: Any) -> None:
+    """Take over the super-blocks that lose less than `total`, which is updated."""
+    for start in range(0, LANES, PARTS):
+        sum_ = F0
+        for k in range(start, start + PARTS):
+            sum_ += loss[k]
+        if first or sum_ < total[start]:
+            total[start] = sum_
+            for k in range(start, start + PARTS):
+                best[0, k], best[1, k] = d[k], a[k]

@@ -1,0 +1,225 @@
+"""Sixty-four blocks side by side: the layout in which every block encoder searches.
+
+A tile is f32 [N, 64]: row j holds element j of 64 consecutive blocks of N values. A sum over a block is then a sum over
+the tile's rows, of each lane by itself and in one order; loops over the lanes vectorise without leave to reassociate, so
+what a block encodes to depends neither on its neighbours nor on threads nor on the machine's vector width.
+
+Every function here is compiled and works on the caller's arrays. `w` is a tile of importances, or None for all ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from gptoss_convert.kernels.floats import F32
+
+LANES = 64
+F0 = np.float32(0)
+TINY = np.float32(1e-30)  # what is smaller divides to infinity; no float16 scale comes near it
+F16_MAX = 65504.0
+F16_LEAST = 2.0**-24  # the least positive float16; its subnormals are the multiples of it below 2^-14
+_HALF_RANGE = np.float32(2.0**-14)
+_SUBNORMAL = np.float32(0.75)  # adding it leaves float32 no bit below 2^-24
+_KEEP_11 = np.float32(8193)  # 2^13 + 1
+_LARGEST = np.float32(F16_MAX)
+_LEAST = np.float32(F16_LEAST)
+_MAGIC = np.float32(12582912)  # 1.5 · 2^23: adding and subtracting it rounds to the nearest integer, ties to even
+
+KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+
+@njit(**KERNEL)
+def nearest(value: Any) -> Any:
+    """The nearest integer as f32, ties to even; |value| below 2^22."""
+    return (value + _MAGIC) - _MAGIC
+
+
+@njit(**KERNEL)
+def f16(value: Any) -> Any:
+    """The nearest float16, as f32 (ties either way); what is nearer to zero than the least one becomes the least, zero
+    stays zero, what exceeds the largest becomes the largest.
+
+    Veltkamp's splitting (Dekker 1971) keeps 11 of float32's 24 bits; subnormals are rounded by an addition.
+    """
+    size = min(abs(value), _LARGEST)
+    spread = size * _KEEP_11
+    kept = spread - (spread - size)
+    small = (size + _SUBNORMAL) - _SUBNORMAL
+    size = max(small, _LEAST) if size < _HALF_RANGE else kept
+    return F0 if value == F0 else (-size if value < F0 else size)
+
+
+@njit(**KERNEL)
+def f16_bits(value: Any, bits: Any) -> Any:
+    """Bits of a float16 that is given as f32 and by that f32's bits."""
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = abs(value)
+    if size < _HALF_RANGE:
+        return np.uint16(sign | np.uint32(size * np.float32(2.0**24)))
+    return np.uint16(sign | (((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(13)) - np.uint32(112 << 10)))
+
+
+@njit(**KERNEL)
+def gather(blocks: Any, first: Any, x: Any) -> None:
+    """blocks f32 [B, N] → the tile of blocks `first` to `first` + 63; lanes past the last block are zero."""
+    count = min(LANES, blocks.shape[0] - first)
+    for k in range(count):
+        for j in range(blocks.shape[1]):
+            x[j, k] = blocks[first + k, j]
+    if count < LANES:
+        x[:, count:] = 0
+
+
+@njit(**KERNEL)
+def gather_cyclic(blocks: Any, first: Any, w: Any) -> None:
+    """The same of importances f32 [G, N], one row's, which repeat every G blocks."""
+    at = first % blocks.shape[0]
+    for k in range(LANES):
+        for j in range(blocks.shape[1]):
+            w[j, k] = blocks[at, j]
+        at = at + 1 if at + 1 < blocks.shape[0] else 0
+
+
+@njit(**KERNEL)
+def peaks(x: Any, size: Any, peak: Any) -> None:
+    """The largest magnitude of each lane, and the first value that has it, with its sign."""
+    for k in range(LANES):
+        size[k] = F0
+        peak[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            larger = abs(x[j, k]) > size[k]
+            peak[k] = x[j, k] if larger else peak[k]
+            size[k] = abs(x[j, k]) if larger else size[k]
+
+
+@njit(**KERNEL)
+def first_above(x: Any, limit: Any) -> Any:
+    """The first lane that holds a magnitude above the limit, or −1."""
+    found = False
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            found |= abs(x[j, k]) > limit
+    if found:
+        for k in range(LANES):
+            for j in range(x.shape[0]):
+                if abs(x[j, k]) > limit:
+                    return k
+    return -1
+
+
+@njit(**KERNEL)
+def bounds(x: Any, low: Any, high: Any) -> None:
+    """The least and the largest value of each lane."""
+    for k in range(LANES):
+        low[k] = x[0, k]
+        high[k] = x[0, k]
+    for j in range(1, x.shape[0]):
+        for k in range(LANES):
+            low[k] = min(low[k], x[j, k])
+            high[k] = max(high[k], x[j, k])
+
+
+@njit(**KERNEL)
+def symmetric_error(x: Any, w: Any, d: Any, inverse: Any, low: Any, high: Any, error: Any) -> None:
+    """Σ w (x − d·q)² of each lane, q the nearest integer to x/d within low … high."""
+    for k in range(LANES):
+        error[k] = F0
+    for j in range(x.shape[0]):
+        if w is None:
+            for k in range(LANES):
+                r = x[j, k] - nearest(min(max(x[j, k] * inverse[k], low), high)) * d[k]
+                error[k] += r * r
+        else:
+            for k in range(LANES):
+                r = x[j, k] - nearest(min(max(x[j, k] * inverse[k], low), high)) * d[k]
+                error[k] += w[j, k] * r * r
+
+
+@njit(**KERNEL)
+def symmetric_sums(x: Any, w: Any, inverse: Any, low: Any, high: Any, qx: Any, qq: Any) -> None:
+    """Σ w q x and Σ w q² of each lane: their quotient is the best d for these q (least squares)."""
+    for k in range(LANES):
+        qx[k] = F0
+        qq[k] = F0
+    for j in range(x.shape[0]):
+        if w is None:
+            for k in range(LANES):
+                q = nearest(min(max(x[j, k] * inverse[k], low), high))
+                qx[k] += q * x[j, k]
+                qq[k] += q * q
+        else:
+            for k in range(LANES):
+                q = nearest(min(max(x[j, k] * inverse[k], low), high))
+                v = w[j, k] * q
+                qx[k] += v * x[j, k]
+                qq[k] += v * q
+
+
+@njit(**KERNEL)
+def affine_error(x: Any, w: Any, d: Any, inverse: Any, base: Any, high: Any, error: Any) -> None:
+    """Σ w (x − base − d·q)² of each lane, q the nearest integer to (x − base)/d within 0 … high."""
+    for k in range(LANES):
+        error[k] = F0
+    for j in range(x.shape[0]):
+        if w is None:
+            for k in range(LANES):
+                v = x[j, k] - base[k]
+                r = v - nearest(min(max(v * inverse[k], F0), high)) * d[k]
+                error[k] += r * r
+        else:
+            for k in range(LANES):
+                v = x[j, k] - base[k]
+                r = v - nearest(min(max(v * inverse[k], F0), high)) * d[k]
+                error[k] += w[j, k] * r * r
+
+
+@njit(**KERNEL)
+def affine_sums(x: Any, w: Any, inverse: Any, base: Any, high: Any, q1: Any, qx: Any, qq: Any) -> None:
+    """Σ w q, Σ w q (x − base) and Σ w q² of each lane."""
+    for k in range(LANES):
+        q1[k] = F0
+        qx[k] = F0
+        qq[k] = F0
+    for j in range(x.shape[0]):
+        if w is None:
+            for k in range(LANES):
+                v = x[j, k] - base[k]
+                q = nearest(min(max(v * inverse[k], F0), high))
+                q1[k] += q
+                qx[k] += q * v
+                qq[k] += q * q
+        else:
+            for k in range(LANES):
+                v = x[j, k] - base[k]
+                q = nearest(min(max(v * inverse[k], F0), high))
+                u = w[j, k] * q
+                q1[k] += u
+                qx[k] += u * v
+                qq[k] += u * q
+
+
+def importance_blocks(importance: F32 | None, block: int) -> tuple[F32 | None, F32 | None]:
+    """Importance f32 [C] or None → (one row's as [C/block, block], a tile for it), scaled to a mean of 1; or two None.
+
+    ValueError where one is negative or not finite.
+    """
+    if importance is None:
+        return None, None
+    if not (np.isfinite(importance).all() and (importance >= 0).all()):
+        raise ValueError("importance must be finite and not negative")
+    mean = float(importance.mean(dtype=np.float64)) or 1.0
+    scaled = np.ascontiguousarray(importance / mean, np.float32)
+    return scaled.reshape(-1, block), np.empty((block, LANES), np.float32)
+
+
+def refuse_size(block: int, values: F32, size: int) -> None:
+    """Raise ValueError for the block (by its flat index, or −1 for none) whose values exceed what its scale can hold."""
+    if block < 0:
+        return
+    row, column = divmod(block * size, values.shape[1])
+    column += int(np.argmax(np.abs(values[row, column : column + size])))
+    raise ValueError(f"{values[row, column]:g} at row {row}, column {column} exceeds what a float16 scale can hold")
