@@ -16,7 +16,7 @@ from gptoss_convert.convert.names import canonical_shapes, is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
-from gptoss_convert.convert.run import Digests, execute
+from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
@@ -174,10 +174,11 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     if path.resolve().is_relative_to(target.resolve()):
         raise UsageError("the output would take the place of its source", found=target, expected="another place")
     with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
-        plan = make_plan(source, target, options)
-        threads = thread_count(source, plan, options.threads)
-        with show("convert", _step_bytes(plan.steps)) as advance:
-            digests = execute(source, plan, output, threads=threads, advance=advance)
+        with SourceHashing(source) as hashing:
+            plan = make_plan(source, target, options)
+            threads = thread_count(source, plan, options.threads)
+            with show("convert", _step_bytes(plan.steps)) as advance:
+                digests = execute(source, plan, output, hashing=hashing, threads=threads, advance=advance)
         proof = None
         if options.proof:
             made = output.partial if folder else output.path(target.name)

@@ -8,6 +8,7 @@ pure function and owns its ranges.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
-from gptoss_convert.errors import BadInput
+from gptoss_convert.errors import BadInput, GptOssError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
@@ -91,7 +92,31 @@ class Workers:
             raise self._error
 
 
-def execute(source: Source, plan: Plan, output: Output, *, threads: int, advance: Advance) -> Digests:
+class SourceHashing:
+    """SHA-256 of the source's files, worked out beside everything else from the moment the source is open."""
+
+    def __init__(self, source: Source) -> None:
+        self._digests: dict[str, str] = {}
+        self._workers = Workers()
+        self._workers.start(lambda: _hash_source(source, self._digests, self._workers.stopped))
+
+    def join(self) -> dict[str, str]:
+        """The digests by file name, when all are there."""
+        self._workers.join()
+        return self._digests
+
+    def __enter__(self) -> SourceHashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.stopped.set()
+        with contextlib.suppress(GptOssError):  # told by `join`, or of no interest beside what ends the run
+            self._workers.join()
+
+
+def execute(
+    source: Source, plan: Plan, output: Output, *, hashing: SourceHashing, threads: int, advance: Advance
+) -> Digests:
     """Do every step that an earlier run has not finished; returns the digests of all source and output files."""
     files = [(file.name, file.size) for file in plan.files]
     journal = output.open(plan.digest(source), files)
@@ -111,15 +136,15 @@ def execute(source: Source, plan: Plan, output: Output, *, threads: int, advance
         front.finish(step)
         advance(step.nbytes)
 
-    digests = Digests({}, {name: hashlib.sha256(data).hexdigest() for name, data in plan.small.items()})
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in plan.small.items()}
     workers.each((i for i in range(len(plan.steps)) if i not in done), work, threads)
-    workers.start(lambda: _hash_source(source, digests.source, workers.stopped))
-    workers.start(lambda: _hash_output(plan, output, front, digests.output, workers.stopped))
+    workers.start(lambda: _hash_output(plan, output, front, digests, workers.stopped))
     workers.join()
     for name, data in plan.small.items():
         output.write_small(name, data)
+    read = hashing.join()
     source.check_unchanged()
-    return digests
+    return Digests(read, digests)
 
 
 def _verified(journal: Sequence[dict[str, Any]], plan: Plan, output: Output) -> set[int]:

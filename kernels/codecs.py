@@ -1,4 +1,4 @@
-"""The codecs by name: how many bytes a row takes, and rows of bytes → values.
+"""The codecs by name: how many bytes a row takes, rows of bytes → values, and values → rows where the codec rounds.
 
 A *row codec* stores each row of a matrix by itself, so any range of rows can be read, permuted or written alone. The ids
 are ggml's. MXFP4 here is ggml's block order; the release's two-tensor order is `Mxfp4` in `kernels.chunks`.
@@ -11,19 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_convert.kernels import mxfp4, q_blocks
+from gptoss_convert.kernels import k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
 from gptoss_convert.kernels.floats import F32, U8, bf16_to_f32, f32_to_bf16
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A row codec. `fields`: the bytes of one block, part by part; `block`: the values it holds."""
+    """A row codec. `fields`: the bytes of one block, part by part; `block`: the values it holds.
+
+    `encode`: values f32 [R, C] and the importance of their columns, f32 [C] or None, → rows; ValueError where a value is
+    beyond the codec's range.
+    """
 
     name: str
     ggml_id: int
     block: int
     fields: tuple[int, ...]
     decode: Callable[[U8], F32]
+    encode: Callable[[F32, F32 | None], U8] | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -55,15 +60,29 @@ def _decode_mxfp4(rows: U8) -> F32:
     return mxfp4.decode(*mxfp4.from_ggml(rows))
 
 
+def _encode_mxfp4(values: F32, importance: F32 | None) -> U8:
+    return mxfp4.to_ggml(*mxfp4.encode(values, importance))
+
+
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("f32", 0, 1, (4,), _decode_f32),
         Codec("f16", 1, 1, (2,), _decode_f16),
-        Codec("q5_0", 6, 32, (2, 4, 16), q_blocks.q5_0_decode),
-        Codec("q8_0", 8, 32, (2, 32), q_blocks.q8_0_decode),
+        Codec("q4_0", 2, 32, (2, 16), legacy_blocks.q4_0_decode, legacy_blocks.q4_0_encode),
+        Codec("q4_1", 3, 32, (2, 2, 16), legacy_blocks.q4_1_decode, legacy_blocks.q4_1_encode),
+        Codec("q5_0", 6, 32, (2, 4, 16), q_blocks.q5_0_decode, legacy_blocks.q5_0_encode),
+        Codec("q5_1", 7, 32, (2, 2, 4, 16), legacy_blocks.q5_1_decode, legacy_blocks.q5_1_encode),
+        Codec("q8_0", 8, 32, (2, 32), q_blocks.q8_0_decode, legacy_blocks.q8_0_encode),
+        Codec("q2_k", 10, 256, (16, 64, 2, 2), k_blocks.q2_k_decode, k_blocks.q2_k_encode),
+        Codec("q3_k", 11, 256, (32, 64, 12, 2), k_blocks.q3_k_decode, k_blocks.q3_k_encode),
+        Codec("q4_k", 12, 256, (2, 2, 12, 128), k_blocks.q4_k_decode, k_blocks.q4_k_encode),
+        Codec("q5_k", 13, 256, (2, 2, 12, 32, 128), k_blocks.q5_k_decode, k_blocks.q5_k_encode),
+        Codec("q6_k", 14, 256, (128, 64, 16, 2), k_blocks.q6_k_decode, k_blocks.q6_k_encode),
         Codec("bf16", 30, 1, (2,), _decode_bf16),
-        Codec("mxfp4", 39, 32, (1, 16), _decode_mxfp4),
+        Codec("mxfp4", 39, 32, (1, 16), _decode_mxfp4, _encode_mxfp4),
+        Codec("nvfp4", 40, 64, (4, 32), nvfp4.nvfp4_decode, nvfp4.nvfp4_encode),
+        Codec("q2_0", 42, 64, (2, 16), q2_0.q2_0_decode, q2_0.q2_0_encode),
     )
 }
 BY_GGML_ID: dict[int, Codec] = {codec.ggml_id: codec for codec in CODECS.values()}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, f16, nearest
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, f16, moments, nearest
 
 F1 = np.float32(1)
 F2 = np.float32(2)
@@ -53,22 +53,6 @@ def fit_parts(x: Any, w: Any, high: Any, widths: Any, s: Any, scale: Any, minimu
             least[k] = error if better else least[k]
             scale[k] = max(a, F0) if better else scale[k]
             minimum[k] = -(base[k] + b) if better else minimum[k]
-
-
-@njit(**KERNEL)
-def moments(x: Any, w: Any, base: Any, s0: Any, s1: Any, s2: Any) -> None:
-    """Σ w, Σ w (x − base), Σ w (x − base)² of each lane."""
-    for k in range(LANES):
-        s0[k] = F0
-        s1[k] = F0
-        s2[k] = F0
-    for j in range(x.shape[0]):
-        for k in range(LANES):
-            v = x[j, k] - base[k]
-            u = F1 if w is None else w[j, k]
-            s0[k] += u
-            s1[k] += u * v
-            s2[k] += u * v * v
 
 
 @njit(**KERNEL)

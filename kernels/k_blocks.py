@@ -88,8 +88,7 @@ class _Symmetric:
 
 _WIDTHS = np.array([0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75, -1, 1], np.float32)
 _STEPS = np.array(_nearest_first(12), np.float32)
-# Q6_K's 24 and 16 make MXFP4-valued super-blocks exact: their magnitudes are 2^k and 3·2^k, the scales then powers of two.
-_Q6_FACTORS = np.array([32, 24, 16, *(32 + 0.64 * i for i in range(-6, 7) if i)], np.float32)
+_Q6_FACTORS = np.array([32, *(32 + 0.64 * i for i in range(-6, 7) if i)], np.float32)
 _Q3_FACTORS = np.array([4, 3.5, 3, 4.5, 5, -3, -3.5, 3.75, 4.25, 2.5], np.float32)
 
 Q2_K = _Affine(2, 15, 16, _WIDTHS, np.array(_nearest_first(6), np.float32), _moves(2, 2), 84)
@@ -178,7 +177,7 @@ def _encode_symmetric(values: F32, importance: F32 | None, kind: _Symmetric) -> 
     ends, limit = np.array([kind.least, -kind.least - 1], np.float32), np.float32(-kind.least * half * F16_MAX)
     bad = _symmetric(
         parts, w, np.float32(-half), ends, limit, kind.factors, kind.wide, kind.near, kind.signs,
-        x, tile, s, best, best.view(np.uint32), q, out,
+        x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, 16)
     return out.reshape(values.shape[0], -1)
@@ -187,7 +186,7 @@ def _encode_symmetric(values: F32, importance: F32 | None, kind: _Symmetric) -> 
 @njit(**KERNEL)
 def _symmetric(
     blocks: Any, importance: Any, low: Any, ends: Any, limit: Any, factors: Any, wide: Any, near: Any, signs: Any,
-    x: Any, w: Any, s: Any, best: Any, words: Any, q: Any, out: Any,
+    x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
     high = -low - np.float32(1)
     for first in range(0, blocks.shape[0], LANES):
@@ -197,7 +196,7 @@ def _symmetric(
         bad = first_above(x, limit)
         if bad >= 0:
             return first + bad
-        k_symmetric.encode_parts(x, w, low, high, ends, factors, wide, near, signs, s, best)
+        k_symmetric.encode_parts(x, w, low, high, ends, factors, wide, near, signs, flag, s, best)
         for k in range(LANES):
             unit = best[0, k] * best[1, k]
             s[0, k] = np.float32(1) / unit if unit != F0 else F0

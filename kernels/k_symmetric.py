@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, f16, nearest, peaks, symmetric_error, symmetric_sums
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, nearest, peaks, symmetric_error, symmetric_sums
 
 F1 = np.float32(1)
 PARTS = 16  # lanes a super-block
+_KEEP_1 = np.float32(2**23 + 1)
+_SIXTEENTH, _TWENTY_FOURTH = np.float32(1 / 16), np.float32(1 / 24)
 
 
 @njit(**KERNEL)
@@ -45,6 +47,23 @@ def fit_parts(x: Any, w: Any, low: Any, high: Any, factors: Any, s: Any, scale: 
             better = quotient * qx[k] > most[k]
             most[k] = quotient * qx[k] if better else most[k]
             scale[k] = quotient if better else scale[k]
+
+
+@njit(**KERNEL)
+def power_of_two_parts(x: Any, low: Any, high: Any, flag: Any, s: Any, scale: Any) -> None:
+    """Scales that are powers of two, in the lanes whose values are then integers: MXFP4's, whose magnitudes 3·2^k and 2^k
+    become 24 and 16. They leave the other parts of a super-block a common d."""
+    if not coarse(x, flag):
+        return
+    size, peak, d, inverse, error = s[0], s[1], s[2], s[3], s[4]
+    peaks(x, size, peak)
+    for k in range(LANES):
+        spread = size[k] * _KEEP_1
+        d[k] = size[k] * (_SIXTEENTH if spread - (spread - size[k]) == size[k] else _TWENTY_FOURTH)
+        inverse[k] = F1 / d[k] if size[k] > TINY else F0
+    symmetric_error(x, None, d, inverse, low, high, error)
+    for k in range(LANES):
+        scale[k] = d[k] if flag[k] and error[k] == F0 else scale[k]
 
 
 @njit(**KERNEL)
@@ -95,14 +114,18 @@ def refit(x: Any, w: Any, low: Any, high: Any, a: Any, s: Any, d: Any) -> None:
 
 @njit(**KERNEL)
 def encode_parts(
-    x: Any, w: Any, low: Any, high: Any, ends: Any, factors: Any, wide: Any, near: Any, signs: Any, s: Any, best: Any
+    x: Any, w: Any, low: Any, high: Any, ends: Any, factors: Any, wide: Any, near: Any, signs: Any, flag: Any, s: Any, best: Any
 ) -> None:
     """Steps 1 to 4 of one tile. `ends` f32 [2]: least and largest scale; `best` f32 [2, 64] receives d and the scales."""
     room, scale, d, a, loss, a0, total = s[:6], s[6], s[7], s[8], s[9], s[10], s[11]
     fit_parts(x, w, low, high, factors, room, scale)
+    if high > 24:
+        power_of_two_parts(x, low, high, flag, room, scale)
     first_scale(scale, ends[0], d)
     for k in range(LANES):
-        a0[k] = nearest(min(max(scale[k] / d[k], ends[0]), ends[1])) if d[k] != F0 else F0
+        a0[k] = nearest(max(scale[k] / d[k], ends[0])) if d[k] != F0 else F0
+        if a0[k] > ends[1]:  # only the negative end reaches as far; the integers q change their signs instead
+            a0[k] = max(-a0[k], ends[0])
     search_scales(x, w, low, high, ends, d, wide, signs, room, a0, a, loss)
     keep(True, loss, total, d, a, best)
     refit(x, w, low, high, a, room, d)

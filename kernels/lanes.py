@@ -26,6 +26,7 @@ _SUBNORMAL = np.float32(0.75)  # adding it leaves float32 no bit below 2^-24
 _KEEP_11 = np.float32(8193)  # 2^13 + 1
 _LARGEST = np.float32(F16_MAX)
 _LEAST = np.float32(F16_LEAST)
+_KEEP_2 = np.float32(2**22 + 1)
 _MAGIC = np.float32(12582912)  # 1.5 · 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
@@ -84,6 +85,16 @@ def gather_cyclic(blocks: Any, first: Any, w: Any) -> None:
 
 
 @njit(**KERNEL)
+def sizes(x: Any, size: Any) -> None:
+    """The largest magnitude of each lane."""
+    for k in range(LANES):
+        size[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            size[k] = max(size[k], abs(x[j, k]))
+
+
+@njit(**KERNEL)
 def peaks(x: Any, size: Any, peak: Any) -> None:
     """The largest magnitude of each lane, and the first value that has it, with its sign."""
     for k in range(LANES):
@@ -109,6 +120,24 @@ def first_above(x: Any, limit: Any) -> Any:
                 if abs(x[j, k]) > limit:
                     return k
     return -1
+
+
+@njit(**KERNEL)
+def coarse(x: Any, flag: Any) -> Any:
+    """Whether the first eight values of each lane have two significant bits at most, as MXFP4's have; any lane's answer.
+
+    A cheap sieve for candidates that pay on such blocks alone; Veltkamp's splitting again, at two bits.
+    """
+    some = False
+    for k in range(LANES):
+        flag[k] = True
+    for j in range(8):
+        for k in range(LANES):
+            spread = x[j, k] * _KEEP_2
+            flag[k] &= spread - (spread - x[j, k]) == x[j, k]
+    for k in range(LANES):
+        some |= flag[k]
+    return some
 
 
 @njit(**KERNEL)
@@ -202,6 +231,37 @@ def affine_sums(x: Any, w: Any, inverse: Any, base: Any, high: Any, q1: Any, qx:
                 qq[k] += u * q
 
 
+@njit(**KERNEL)
+def means(x: Any, w: Any, base: Any, s0: Any, s1: Any) -> None:
+    """Σ w and Σ w (x − base) of each lane."""
+    for k in range(LANES):
+        s0[k] = np.float32(x.shape[0]) if w is None else F0
+        s1[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            if w is None:
+                s1[k] += x[j, k] - base[k]
+            else:
+                s0[k] += w[j, k]
+                s1[k] += w[j, k] * (x[j, k] - base[k])
+
+
+@njit(**KERNEL)
+def moments(x: Any, w: Any, base: Any, s0: Any, s1: Any, s2: Any) -> None:
+    """Σ w, Σ w (x − base), Σ w (x − base)² of each lane."""
+    for k in range(LANES):
+        s0[k] = F0
+        s1[k] = F0
+        s2[k] = F0
+    for j in range(x.shape[0]):
+        for k in range(LANES):
+            v = x[j, k] - base[k]
+            u = np.float32(1) if w is None else w[j, k]
+            s0[k] += u
+            s1[k] += u * v
+            s2[k] += u * v * v
+
+
 def importance_blocks(importance: F32 | None, block: int) -> tuple[F32 | None, F32 | None]:
     """Importance f32 [C] or None → (one row's as [C/block, block], a tile for it), scaled to a mean of 1; or two None.
 
@@ -216,10 +276,10 @@ def importance_blocks(importance: F32 | None, block: int) -> tuple[F32 | None, F
     return scaled.reshape(-1, block), np.empty((block, LANES), np.float32)
 
 
-def refuse_size(block: int, values: F32, size: int) -> None:
+def refuse_size(block: int, values: F32, size: int, scale: str = "a float16 scale") -> None:
     """Raise ValueError for the block (by its flat index, or −1 for none) whose values exceed what its scale can hold."""
     if block < 0:
         return
     row, column = divmod(block * size, values.shape[1])
     column += int(np.argmax(np.abs(values[row, column : column + size])))
-    raise ValueError(f"{values[row, column]:g} at row {row}, column {column} exceeds what a float16 scale can hold")
+    raise ValueError(f"{values[row, column]:g} at row {row}, column {column} exceeds what {scale} can hold")

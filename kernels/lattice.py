@@ -20,7 +20,8 @@ from threading import Lock
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from gptoss_convert.kernels.floats import F32, U8, U16
@@ -195,10 +196,22 @@ def _tables4(y: Any, w: Any, levels: Any, bounds: Any, cells: Any, table: Any) -
             table[256 * k + g] = w[g] * (y[g] - level) * (y[g] - level)
 
 
+@intrinsic
+def _bits(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as an integer; of two positive numbers the greater one has the greater bits."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), build
+
+
 @njit(inline="always")
-def _cost(entries: Any, table: Any, point: Any, group: Any) -> Any:
+def _key(entries: Any, table: Any, point: Any, group: Any) -> Any:
+    """A point's cost above its number: the least key is the least cost, and of these the least number."""
     first = table[group + entries[point, np.uint64(0)]] + table[group + entries[point, np.uint64(1)]]
-    return first + (table[group + entries[point, np.uint64(2)]] + table[group + entries[point, np.uint64(3)]])
+    cost = first + (table[group + entries[point, np.uint64(2)]] + table[group + entries[point, np.uint64(3)]])
+    return (np.uint64(_bits(cost)) << np.uint64(16)) | point
 
 
 @njit(cache=True, nogil=True)
@@ -211,24 +224,22 @@ def search(y: Any, w: Any, grid: Any, cells: Any, table: Any, ids: Any) -> None:
         _tables8(y, w, grid.levels, grid.bounds, cells, table)
     else:
         _tables4(y, w, grid.levels, grid.bounds, cells, table)
-    four = np.uint64(4)
-    for g in range(256 // grid.points.shape[1]):
+    four, groups = np.uint64(4), 256 // grid.points.shape[1]
+    for g in range(groups):  # by itself, so that the lists' way from memory overlaps
+        ids[g] = grid.lists[np.uint64(grid.starts[np.uint64(cells[g])])]
+    for g in range(groups):
         cell, group = np.uint64(cells[g]), np.uint64(g)
         at, end = np.uint64(grid.starts[cell]), np.uint64(grid.starts[cell + np.uint64(1)])
-        best = grid.lists[at]
         if end - at > np.uint64(1):
-            least = np.float32(np.inf)
+            best = ~np.uint64(0)
             while at < end:
                 p0, p1 = np.uint64(grid.lists[at]), np.uint64(grid.lists[at + np.uint64(1)])
                 p2, p3 = np.uint64(grid.lists[at + np.uint64(2)]), np.uint64(grid.lists[at + np.uint64(3)])
-                c0, c1 = _cost(grid.entries, table, p0, group), _cost(grid.entries, table, p1, group)
-                c2, c3 = _cost(grid.entries, table, p2, group), _cost(grid.entries, table, p3, group)
-                lowest = min(min(c0, c1), min(c2, c3))
-                if lowest < least:
-                    least = lowest
-                    best = np.uint16(p0 if lowest == c0 else p1 if lowest == c1 else p2 if lowest == c2 else p3)
+                k0, k1 = _key(grid.entries, table, p0, group), _key(grid.entries, table, p1, group)
+                k2, k3 = _key(grid.entries, table, p2, group), _key(grid.entries, table, p3, group)
+                best = min(best, min(min(k0, k1), min(k2, k3)))
                 at += four
-        ids[g] = best
+            ids[g] = np.int32(best & np.uint64(0xFFFF))
 
 
 def nearest_reference(y: F32, w: F32, found: F32) -> NDArray[np.intp]:

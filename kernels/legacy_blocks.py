@@ -32,6 +32,7 @@ from gptoss_convert.kernels.lanes import (
     affine_error,
     affine_sums,
     bounds,
+    coarse,
     f16,
     f16_bits,
     gather,
@@ -41,7 +42,9 @@ from gptoss_convert.kernels.lanes import (
     symmetric_error,
     symmetric_sums,
     importance_blocks,
+    means,
     refuse_size,
+    TINY,
 )
 
 BLOCK = 32
@@ -57,6 +60,7 @@ class _Layout:
     high: int
     fast: tuple[float, ...]
     wide: tuple[float, ...]
+    exact: tuple[float, ...] = ()
 
     @property
     def block_bytes(self) -> int:
@@ -68,11 +72,12 @@ def _around(centre: float, step: float, count: int) -> tuple[float, ...]:
     return tuple(centre + step * i for i in range(-count, count + 1) if i)
 
 
+# `exact` puts the largest magnitude f steps from zero in all of them, and is tried on blocks of few significant bits alone.
 Q4_0 = _Layout(2, 4, -8, 7, (8, 7.5, 8.5, 7), (8, 7, *_around(8, 0.1, 12)))
-Q5_0 = _Layout(2, 5, -16, 15, (16, 12, 8, 15), (16, 15, 12, 8, *_around(16, 0.15, 14)))
-Q8_0 = _Layout(2, 8, -128, 127, (127, 96, 64, 128), (127, 96, 64, 128, *_around(124, 0.55, 8)))
-Q4_1 = _Layout(4, 4, 0, 15, (15, 16), (15, 14, *_around(15, 0.1, 12)))
-Q5_1 = _Layout(4, 5, 0, 31, (31, 12, 8), (31, 30, *_around(31, 0.15, 14)))
+Q5_0 = _Layout(2, 5, -16, 15, (16, 15.3, 16.4, 15), (16, 15, *_around(16, 0.15, 14)), (12, 8))
+Q8_0 = _Layout(2, 8, -128, 127, (127, 125), (127, 126, 124.5, 123), (96, 64))
+Q4_1 = _Layout(4, 4, 0, 15, (15,), (15, 14, *_around(15, 0.15, 10)))
+Q5_1 = _Layout(4, 5, 0, 31, (31,), (31, 30, *_around(31, 0.3, 8)), (12, 8))
 
 
 def q4_0_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -97,31 +102,44 @@ def _encode_symmetric(values: F32, importance: F32 | None, layout: _Layout) -> U
     factors = np.array(layout.fast if importance is None else layout.wide, np.float32)
     w, tile = importance_blocks(importance, BLOCK)
     low, high, limit = np.float32(layout.low), np.float32(layout.high), np.float32(-layout.low * F16_MAX)
-    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((8, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
-    refuse_size(_symmetric(blocks, w, factors, low, high, limit, layout.bits, x, tile, s, s.view(np.uint32), q, out), values, BLOCK)
+    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((9, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
+    bad = _symmetric(
+        blocks, w, factors, np.array(layout.exact, np.float32), 0 if importance is None else 2, low, high, limit,
+        layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
+    )  # fmt: skip
+    refuse_size(bad, values, BLOCK)
     return out.reshape(values.shape[0], -1)
 
 
 @njit(**KERNEL)
 def _symmetric(
-    blocks: Any, importance: Any, factors: Any, low: Any, high: Any, limit: Any, bits: Any,
-    x: Any, w: Any, s: Any, words: Any, q: Any, out: Any,
+    blocks: Any, importance: Any, factors: Any, exact: Any, rounds: Any, low: Any, high: Any, limit: Any, bits: Any,
+    x: Any, w: Any, s: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
+    peak, best, inverse = s[1], s[2], s[3]
     for first in range(0, blocks.shape[0], LANES):
         gather(blocks, first, x)
         if importance is not None:
             gather_cyclic(importance, first, w)
-        peaks(x, s[0], s[1])
+        peaks(x, s[0], peak)
         for k in range(LANES):
             if not s[0, k] <= limit:
                 return first + k
-        best = s[2]
-        _search_symmetric(x, w, factors, low, high, s[0], s[1], best, s[3], s[4], s[5], s[6], s[7])
-        _invert(best, s[3])
+        some = exact.size > 0 and coarse(x, flag)
+        if some:
+            _by_loss(x, w, exact, low, high, peak, best, inverse, s[4], s[5], s[6])
+        if not some or not _all_zero(s[4], flag):
+            _search(x, w, factors, rounds, bits, low, high, peak, s[7], inverse, s[8], s[5], s[6])
+            if some:
+                invert(s[7], inverse)
+                symmetric_error(x, w, s[7], inverse, low, high, s[8])
+            for k in range(LANES):
+                best[k] = best[k] if some and flag[k] and s[4, k] <= s[8, k] else s[7, k]
+        invert(best, inverse)
         zero = F0 if bits == 8 else low
         for j in range(32):
             for k in range(LANES):
-                q[j, k] = np.int32(nearest(min(max(x[j, k] * s[3, k], low), high)) - zero)
+                q[j, k] = np.int32(nearest(min(max(x[j, k] * inverse[k], low), high)) - zero)
         count = min(LANES, blocks.shape[0] - first)
         for k in range(count):
             word = f16_bits(best[k], words[2, k])
@@ -131,31 +149,204 @@ def _symmetric(
 
 
 @njit(**KERNEL)
-def _invert(d: Any, inverse: Any) -> None:
+def invert(d: Any, inverse: Any) -> None:
     for k in range(LANES):
         inverse[k] = F0 if d[k] == F0 else np.float32(1) / d[k]
 
 
 @njit(**KERNEL)
-def _search_symmetric(
-    x: Any, w: Any, factors: Any, low: Any, high: Any, size: Any, peak: Any,
-    best: Any, inverse: Any, error: Any, least: Any, d: Any, qq: Any,
-) -> None:  # fmt: skip
-    for i in range(factors.size + 1):
-        if i == factors.size:  # the best so far, refitted
-            _invert(best, inverse)
-            symmetric_sums(x, w, inverse, low, high, d, qq)
-            for k in range(LANES):
-                d[k] = f16(d[k] / qq[k] if qq[k] > F0 else best[k])
-        else:
-            scale = np.float32(-1) / factors[i]
-            for k in range(LANES):
-                d[k] = f16(peak[k] * scale)
-        _invert(d, inverse)
+def by_gain(
+    x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, most: Any, qx: Any, qq: Any
+) -> None:
+    """The candidates −peak/f, each with its least-squares scale qx/qq: the loss is Σ w x² − qx²/qq."""
+    for k in range(LANES):
+        best[k] = f16(peak[k] / low)
+        most[k] = F0
+    for i in range(factors.size):
+        for k in range(LANES):
+            inverse[k] = -factors[i] / peak[k] if abs(peak[k]) > TINY else F0
+        symmetric_sums(x, w, inverse, low, high, qx, qq)
+        for k in range(LANES):
+            d = qx[k] / qq[k] if qq[k] > F0 else F0
+            better = d * qx[k] > most[k]
+            most[k] = d * qx[k] if better else most[k]
+            best[k] = f16(d) if better else best[k]
+
+
+@njit(**KERNEL)
+def refit(
+    x: Any, w: Any, rounds: Any, low: Any, high: Any, best: Any, inverse: Any, least: Any, d: Any, qq: Any
+) -> None:
+    """Least squares again for the integers of the best scale as float16 holds it; kept where it loses less."""
+    if rounds == 0:
+        return
+    invert(best, inverse)
+    symmetric_error(x, w, best, inverse, low, high, least)
+    for _ in range(rounds):
+        invert(best, inverse)
+        symmetric_sums(x, w, inverse, low, high, d, qq)
+        for k in range(LANES):
+            d[k] = f16(d[k] / qq[k]) if qq[k] > F0 else best[k]
+        invert(d, inverse)
+        symmetric_error(x, w, d, inverse, low, high, qq)
+        for k in range(LANES):
+            better = qq[k] < least[k]
+            best[k] = d[k] if better else best[k]
+            least[k] = qq[k] if better else least[k]
+
+
+@njit(**KERNEL)
+def _by_loss(
+    x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, least: Any, d: Any, error: Any
+) -> None:
+    """The candidates −peak/f as float16 holds them, judged as they are."""
+    for i in range(factors.size):
+        for k in range(LANES):
+            d[k] = f16(-peak[k] / factors[i])
+        invert(d, inverse)
         symmetric_error(x, w, d, inverse, low, high, error)
         for k in range(LANES):
             better = i == 0 or error[k] < least[k]
             best[k] = d[k] if better else best[k]
+            least[k] = error[k] if better else least[k]
+
+
+@njit(**KERNEL)
+def _all_zero(loss: Any, flag: Any) -> Any:
+    result = True
+    for k in range(LANES):
+        result &= flag[k] and loss[k] == F0
+    return result
+
+
+@njit(**KERNEL)
+def _search(
+    x: Any, w: Any, factors: Any, rounds: Any, bits: Any, low: Any, high: Any, peak: Any,
+    best: Any, inverse: Any, least: Any, d: Any, error: Any,
+) -> None:  # fmt: skip
+    """The best scale of each lane."""
+    if bits == 8:  # losses are too small beside Σ w x² to be told by a difference
+        _by_loss(x, w, factors, low, high, peak, best, inverse, least, d, error)
+        refit(x, w, 1, low, high, best, inverse, least, d, error)
+    else:
+        by_gain(x, w, factors, low, high, peak, best, inverse, least, d, error)
+        refit(x, w, rounds, low, high, best, inverse, least, d, error)
+
+
+def q4_1_encode(values: F32, importance: F32 | None = None) -> U8:
+    """f32 [R, C], importance f32 [C] or None → uint8 [R, C/32·20]; ValueError beyond float16's range."""
+    return _encode_affine(values, importance, Q4_1)
+
+
+def q5_1_encode(values: F32, importance: F32 | None = None) -> U8:
+    """f32 [R, C], importance f32 [C] or None → uint8 [R, C/32·24]; exact on MXFP4-valued blocks."""
+    return _encode_affine(values, importance, Q5_1)
+
+
+def _encode_affine(values: F32, importance: F32 | None, layout: _Layout) -> U8:
+    values = np.ascontiguousarray(values)
+    blocks = values.reshape(-1, BLOCK)
+    out = np.empty((len(blocks), layout.block_bytes), np.uint8)
+    factors = np.array(layout.fast if importance is None else layout.wide, np.float32)
+    w, tile = importance_blocks(importance, BLOCK)
+    high, limit = np.float32(layout.high), np.float32(F16_MAX)
+    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((17, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
+    bad = _affine(
+        blocks, w, factors, np.array(layout.exact, np.float32), 0 if importance is None else 1, high, limit,
+        layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
+    )  # fmt: skip
+    refuse_size(bad, values, BLOCK)
+    return out.reshape(values.shape[0], -1)
+
+
+@njit(**KERNEL)
+def _affine(
+    blocks: Any, importance: Any, factors: Any, exact: Any, rounds: Any, high: Any, limit: Any, bits: Any,
+    x: Any, w: Any, s: Any, words: Any, flag: Any, q: Any, out: Any,
+) -> Any:  # fmt: skip
+    for first in range(0, blocks.shape[0], LANES):
+        gather(blocks, first, x)
+        if importance is not None:
+            gather_cyclic(importance, first, w)
+        low, span, best, base, inverse = s[0], s[1], s[2], s[3], s[4]
+        bounds(x, low, span)
+        for k in range(LANES):
+            if not max(-low[k], span[k]) <= limit:
+                return first + k
+        some = exact.size > 0 and coarse(x, flag)
+        if some:
+            _exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9], s[10])
+        if some and _all_zero(s[7], flag):
+            best[:], base[:] = s[5], s[6]
+        else:
+            _search_affine(x, w, factors, rounds, high, low, span, best, base, inverse, s[8:])
+            if some:
+                invert(best, inverse)
+                affine_error(x, w, best, inverse, base, high, s[8])
+                for k in range(LANES):
+                    if flag[k] and s[7, k] <= s[8, k]:
+                        best[k], base[k] = s[5, k], s[6, k]
+        invert(best, inverse)
+        for j in range(32):
+            for k in range(LANES):
+                q[j, k] = np.int32(nearest(min(max((x[j, k] - base[k]) * inverse[k], F0), high)))
+        count = min(LANES, blocks.shape[0] - first)
+        for k in range(count):
+            for i in range(2):
+                word = f16_bits(s[2 + i, k], words[2 + i, k])
+                out[first + k, 2 * i], out[first + k, 2 * i + 1] = word & np.uint16(255), word >> np.uint16(8)
+        _pack(q, bits, 4, first, count, out)
+    return -1
+
+
+@njit(**KERNEL)
+def _search_affine(
+    x: Any, w: Any, factors: Any, rounds: Any, high: Any, low: Any, top: Any, best: Any, base: Any, inverse: Any, s: Any
+) -> None:
+    start, most, sw, sv, q1, qx, qq, d, m = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]
+    for k in range(LANES):
+        start[k] = f16(low[k])
+        most[k] = -np.float32(1)
+    means(x, w, start, sw, sv)
+    for i in range(factors.size + rounds):
+        for k in range(LANES):
+            if i >= factors.size:  # refits: the integers of the best so far
+                start[k] = base[k]
+                d[k] = best[k]
+            else:
+                d[k] = (top[k] - start[k]) / factors[i]
+            inverse[k] = np.float32(1) / d[k] if d[k] > TINY else F0
+        if i >= factors.size:
+            means(x, w, start, sw, sv)
+        affine_sums(x, w, inverse, start, high, q1, qx, qq)
+        for k in range(LANES):
+            det = sw[k] * qq[k] - q1[k] * q1[k]
+            good = det > F0
+            a = (sw[k] * qx[k] - sv[k] * q1[k]) / det if good else max(d[k], F0)
+            b = (qq[k] * sv[k] - q1[k] * qx[k]) / det if good else F0
+            gain = a * qx[k] + b * sv[k] if good else F0  # what the line takes off Σ w (x − start)²
+            better = gain > most[k] or i >= factors.size
+            most[k] = gain if better else most[k]
+            best[k] = f16(a) if better else best[k]
+            base[k] = f16(start[k] + b) if better else base[k]
+
+
+@njit(**KERNEL)
+def _exact_affine(
+    x: Any, w: Any, factors: Any, high: Any, low: Any, top: Any,
+    best: Any, base: Any, inverse: Any, least: Any, d: Any, m: Any, error: Any,
+) -> None:  # fmt: skip
+    """Scales that put the largest magnitude f steps from zero, the least value at code 0."""
+    for i in range(factors.size):
+        for k in range(LANES):
+            d[k] = f16(max(-low[k], top[k]) / factors[i])
+            m[k] = f16(low[k])
+        invert(d, inverse)
+        affine_error(x, w, d, inverse, m, high, error)
+        for k in range(LANES):
+            better = i == 0 or error[k] < least[k]
+            best[k] = d[k] if better else best[k]
+            base[k] = m[k] if better else base[k]
             least[k] = error[k] if better else least[k]
 
 
@@ -168,13 +359,15 @@ def _pack(q: Any, bits: Any, head: Any, first: Any, count: Any, out: Any) -> Non
             for j in range(32):
                 out[first + k, at + j] = q[j, k]
         return
+    fifth = np.empty(LANES, np.uint8)
     if bits == 5:
         for i in range(4):
+            fifth[:] = 0
+            for j in range(8):
+                for k in range(LANES):
+                    fifth[k] |= (q[8 * i + j, k] >> np.uint8(4)) << np.uint8(j)
             for k in range(count):
-                fifth = np.uint8(0)
-                for j in range(8):
-                    fifth |= ((q[8 * i + j, k] >> np.uint8(4)) & np.uint8(1)) << np.uint8(j)
-                out[first + k, at + i] = fifth
+                out[first + k, at + i] = fifth[k]
         at += 4
     for j in range(16):
         for k in range(LANES):
@@ -182,3 +375,42 @@ def _pack(q: Any, bits: Any, head: Any, first: Any, count: Any, out: Any) -> Non
     for k in range(count):
         for j in range(16):
             out[first + k, at + j] = q[j, k]
+
+
+def q4_0_decode(rows: U8) -> F32:
+    """uint8 [R, G·18] → f32 [R, G·32]; bit-equal to ggml's dequantize_row_q4_0."""
+    return _decode(rows, Q4_0, -8)
+
+
+def q4_1_decode(rows: U8) -> F32:
+    """uint8 [R, G·20] → f32 [R, G·32]; bit-equal to ggml's dequantize_row_q4_1."""
+    return _decode(rows, Q4_1, 0)
+
+
+def q5_1_decode(rows: U8) -> F32:
+    """uint8 [R, G·24] → f32 [R, G·32]; bit-equal to ggml's dequantize_row_q5_1."""
+    return _decode(rows, Q5_1, 0)
+
+
+def _decode(rows: U8, layout: _Layout, zero: int) -> F32:
+    blocks = np.ascontiguousarray(rows).reshape(-1, layout.block_bytes)
+    heads = np.ascontiguousarray(blocks[:, : layout.head]).view("<f2").astype(np.float32)
+    out = np.empty((len(blocks), BLOCK), np.float32)
+    _unpack(blocks[:, layout.head :], heads, layout.bits, np.float32(zero), out)
+    return out.reshape(rows.shape[0], -1)
+
+
+@njit(**KERNEL)
+def _unpack(codes: Any, heads: Any, bits: Any, zero: Any, out: Any) -> None:
+    at = 4 if bits == 5 else 0
+    for b in range(codes.shape[0]):
+        base = heads[b, 1] if heads.shape[1] == 2 else F0
+        for j in range(16):
+            out[b, j] = np.float32(codes[b, at + j] & 15)
+            out[b, j + 16] = np.float32(codes[b, at + j] >> 4)
+        if bits == 5:
+            for j in range(32):
+                out[b, j] += np.float32(16 * ((codes[b, j >> 3] >> (j & 7)) & 1))
+        for j in range(32):
+            value = (out[b, j] + zero) * heads[b, 0]
+            out[b, j] = value + base if heads.shape[1] == 2 else value

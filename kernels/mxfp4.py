@@ -19,7 +19,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gptoss_convert.kernels import e2m1
 from gptoss_convert.kernels.floats import F32, U8, U16
+from gptoss_convert.kernels.lanes import KERNEL, LANES, gather, gather_cyclic, importance_blocks, sizes
 
 BLOCK = 32
 CODE_BYTES = BLOCK // 2
@@ -28,7 +30,7 @@ GGML_BLOCK_BYTES = 1 + CODE_BYTES  # scale, codes
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 TWICE_E2M1 = 2 * E2M1  # integers: 0 1 2 3 4 6 8 12 and their negatives
 HALF_SCALE = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)  # 2^(scale − 128); subnormal below 2
-_SCALE_F64 = np.ldexp(np.float64(1), np.arange(256) - 127)
+_INVERSE = np.ldexp(np.float32(1), 127 - np.arange(256)).astype(np.float32)  # 1 / 2^(scale − 127)
 # Both nibbles of a byte at once: the compiled decoder reads one row of this a byte.
 _PAIR = np.stack([TWICE_E2M1[np.arange(256) & 15], TWICE_E2M1[np.arange(256) >> 4]], axis=1).copy()
 
@@ -157,72 +159,65 @@ def first_bad_scale(blocks: U8, scales: U8) -> tuple[int, int] | None:
     return None
 
 
-def encode(values: F32) -> tuple[U8, U8]:
-    """Values f32 [R, C], C a multiple of 32 → blocks [R, C/32, 16], scales [R, C/32] in release order.
+def encode(values: F32, importance: F32 | None = None) -> tuple[U8, U8]:
+    """Values f32 [R, C], C a multiple of 32, importance f32 [C] or None → blocks [R, C/32, 16], scales [R, C/32] in release
+    order.
 
     A block's scale is the one of two that loses less (squared error): 2^⌊log2 amax⌋−2 (the largest value keeps its binade
-    and may clip from 7 to 6) and the next above; ties take the smaller. Codes are the nearest, ties to the even code. Values
-    that an MXFP4 block can hold come back exactly; a zero is +0, a block of zeros has scale 0.
+    and may clip from 7 to 6) and the next above; ties take the smaller. With importance, which weighs the errors, the two
+    next below are tried as well. Codes are the nearest, ties to the even code. Values that an MXFP4 block can hold come
+    back exactly; a zero is +0, a block of zeros has scale 0. Finite values only, of any size.
     """
     rows, columns = values.shape
     blocks = np.empty((rows, columns // BLOCK, CODE_BYTES), np.uint8)
     scales = np.empty((rows, columns // BLOCK), np.uint8)
-    values = np.ascontiguousarray(values)
-    _encode(values, values.view(np.uint32), _SCALE_F64, blocks, scales)
+    w, tile = importance_blocks(importance, BLOCK)
+    moves = np.array((0, 1) if importance is None else (0, 1, -1, -2))
+    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((4, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
+    best = np.empty((2, LANES), np.int64)
+    flat = np.ascontiguousarray(values).reshape(-1, BLOCK)
+    _encode(flat, w, moves, _INVERSE, x, tile, s, s.view(np.uint32), best, q, blocks.reshape(-1, CODE_BYTES), scales.reshape(-1))
     return blocks, scales
 
 
-@njit(inline="always")
-def _code(value: Any, inverse: Any) -> Any:
-    """Nearest E2M1 code of value · inverse: thresholds halfway between neighbours, ties to the code with mantissa 0."""
-    size = abs(value) * inverse
-    code = 0
-    if size > 2.5:
-        code = 7 if size > 5.0 else 6 if size >= 3.5 else 5
-    elif size > 0.25:
-        code = 4 if size >= 1.75 else 3 if size > 1.25 else 2 if size >= 0.75 else 1
-    return code | 8 if value < 0 and code else code
-
-
-@njit(inline="always")
-def _magnitude(code: Any) -> Any:
-    m = code & 7
-    return 0.5 * m if m < 4 else (1.0 + 0.5 * (m & 1)) * (2.0 if m < 6 else 4.0)
-
-
-@njit(cache=True, nogil=True)
-def _encode(values: Any, bits: Any, power: Any, blocks: Any, scales: Any) -> None:
-    for r in range(blocks.shape[0]):
-        for g in range(blocks.shape[1]):
-            at = g * 32
-            largest: Any = np.uint32(0)  # of the bits without the sign, which order like the magnitudes
-            for j in range(32):
-                largest = max(largest, bits[r, at + j] & np.uint32(0x7FFFFFFF))
-            if largest == 0:
-                scales[r, g] = 0
-                blocks[r, g, :] = 0
-                continue
+@njit(**KERNEL)
+def _encode(
+    values: Any, importance: Any, moves: Any, inverses: Any, x: Any, w: Any, s: Any, words: Any, best: Any, q: Any,
+    blocks: Any, scales: Any,
+) -> None:  # fmt: skip
+    for first in range(0, values.shape[0], LANES):
+        gather(values, first, x)
+        if importance is not None:
+            gather_cyclic(importance, first, w)
+        sizes(x, s[0])
+        for k in range(LANES):
             # The exponent field is ⌊log2 amax⌋ + 127 (0 for subnormals, whose scale is 0 as well).
-            floor: Any = max(np.int64(largest >> np.uint32(23)) - 2, 0)
-            best, least = floor, np.inf
-            for scale in range(floor, min(floor + 1, 254) + 1):
-                unit = power[scale]
-                error = 0.0
-                for j in range(32):
-                    value = np.float64(values[r, at + j])
-                    error += (abs(value) - _magnitude(_code(value, 1.0 / unit)) * unit) ** 2
-                if error < least:
-                    best, least = scale, error
-            scales[r, g] = best
-            inverse = 1.0 / power[best]
+            best[0, k] = max(np.int64(words[0, k] >> np.uint32(23)) - 2, 0)
+            best[1, k] = best[0, k]
+        for move in moves:
+            for k in range(LANES):
+                s[1, k] = inverses[max(best[0, k] + move, 0)]
+            e2m1.loss(x, w, s[1], s[2])
+            for k in range(LANES):
+                # Scale by scale the squared unit grows fourfold; at scale 0 a step down goes nowhere and gains nothing.
+                error = s[2, k] * np.float32(4.0**move)
+                better = move == 0 or (error < s[3, k] and best[0, k] + move >= 0)
+                s[3, k] = error if better else s[3, k]
+                best[1, k] = best[0, k] + move if better else best[1, k]
+        for k in range(LANES):
+            s[1, k] = inverses[best[1, k]]
+        e2m1.codes(x, s[1], q)
+        for j in range(16):
+            for k in range(LANES):
+                q[j, k] = q[2 * j, k] | (q[2 * j + 1, k] << np.uint8(4))
+        for k in range(min(LANES, values.shape[0] - first)):
+            scales[first + k] = best[1, k]
             for j in range(16):
-                low = _code(np.float64(values[r, at + 2 * j]), inverse)
-                high = _code(np.float64(values[r, at + 2 * j + 1]), inverse)
-                blocks[r, g, j] = low | (high << 4)
+                blocks[first + k, j] = q[j, k]
 
 
 def nearest_reference(values: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
-    """Each value rounded to the nearest of E2M1 · 2^(scale − 127), by trying all sixteen; the specification of `_code`."""
+    """Each value rounded to the nearest of E2M1 · 2^(scale − 127), by trying all sixteen; the specification of `e2m1.magnitude`."""
     grid = E2M1.astype(np.float64) * 2.0 ** (scale - 127)
     # The stable sort order (mantissa 0 first) breaks ties towards even codes.
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7, 10, 12, 14, 9, 11, 13, 15])

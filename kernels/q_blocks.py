@@ -124,13 +124,15 @@ def _q5_0_decode(rows: Any, d: Any, out: Any) -> None:
 
 def q8_0_encode(values: F32) -> U8:
     """f32 [R, C], C a multiple of 32 → uint8 [R, C/32·34], by ggml's rule: d = amax/127 in f32, q = round(x / d) with
-    halves away from zero, d stored as f16. Used for dense tensors; experts go through `q8_0_from_mxfp4`.
+    halves away from zero, d stored as f16: infinite above 8.3 million, which callers check. Used for dense tensors;
+    experts go through `q8_0_from_mxfp4`.
     """
     values = np.ascontiguousarray(values)
     rows, groups = values.shape[0], values.shape[1] // BLOCK
     d = np.abs(values).reshape(rows, groups, BLOCK).max(axis=2) / np.float32(127)
     out = np.empty((rows, groups, Q8_0_BYTES), np.uint8)
-    out[:, :, :2] = d.astype("<f2").view(np.uint8).reshape(rows, groups, 2)
+    with np.errstate(over="ignore"):
+        out[:, :, :2] = d.astype("<f2").view(np.uint8).reshape(rows, groups, 2)
     _q8_0_round(values, d, out)
     return out.reshape(rows, -1)
 

@@ -104,19 +104,26 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int) -> U8:
     if codec == "mxfp4":
         return mxfp4.to_ggml(*mxfp4.encode(values))
     if codec == "q8_0":
-        return _q8_0(values)
+        return _q8_0(values, tensor, row)
     return _q5_0(values, tensor, row)
 
 
-def _q8_0(values: F32) -> U8:
+def _q8_0(values: F32, tensor: str, row: int) -> U8:
     """Rows that hold MXFP4 values only are transcoded exactly; the others rounded by ggml's rule."""
     data = q_blocks.q8_0_encode(values)
+    at = first_nonfinite(np.ascontiguousarray(data.reshape(len(data), -1, 34)[:, :, :2]).view(np.uint16), "f16")
+    if at >= 0:
+        r, group = divmod(at, values.shape[1] // 32)
+        raise Refused(
+            "a value is too large for q8_0, whose scales are float16", tensor=tensor,
+            found=f"a block at row {row + r}, column {32 * group}", remedy="choose bf16 or f32",
+        )  # fmt: skip
     blocks, scales = mxfp4.encode(values)
     exact = np.flatnonzero((mxfp4.decode(blocks, scales) == values).all(axis=1))
-    for row in exact:
-        transcoded, bad = q_blocks.q8_0_from_mxfp4(blocks[row : row + 1], scales[row : row + 1])
+    for index in exact:
+        transcoded, bad = q_blocks.q8_0_from_mxfp4(blocks[index : index + 1], scales[index : index + 1])
         if bad < 0:
-            data[row] = transcoded[0]
+            data[index] = transcoded[0]
     return data
 
 

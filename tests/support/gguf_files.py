@@ -165,3 +165,27 @@ def write_gguf(
     if path.exists():
         return [path]
     return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def fuse_qkv(path: Path, target: Path) -> Path:
+    """The same model with attn_q, attn_k and attn_v of each layer joined as attn_qkv, under `target`; `path` goes."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(target, "gpt-oss")
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind, of = field.types[0], field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), kind, of)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, tensor in tensors.items():
+        if ".attn_k." in name or ".attn_v." in name:
+            continue
+        parts = [tensors[name.replace(".attn_q.", f".attn_{part}.")] for part in "qkv"] if ".attn_q." in name else [tensor]
+        data = np.concatenate([np.array(part.data) for part in parts])
+        writer.add_tensor(name.replace(".attn_q.", ".attn_qkv."), data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.unlink()
+    return target

@@ -1,0 +1,127 @@
+"""Checkpoints that many tests read, made once a session; nobody writes into them (`copied` gives one to spoil)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import (
+    AWKWARD,
+    SMALL,
+    SQUARE,
+    Model,
+    write_bf16,
+    write_bf16_bug,
+    write_gguf,
+    write_hf,
+    write_metal,
+    write_original,
+    write_per_expert,
+    write_unsloth_linear,
+)
+from support.gguf_files import fuse_qkv
+from support.tokenizer import small_tokenizer
+
+LAYOUTS: dict[str, Callable[[Model, Path], object]] = {
+    "hf": lambda model, folder: write_hf(model, folder, shard_limit=200_000),
+    "original": lambda model, folder: write_original(model, folder / "original"),
+    "original split": lambda model, folder: write_original(model, folder / "original", shards=3),
+    "metal": lambda model, folder: write_metal(model, folder / "model.bin"),
+    "bf16": lambda model, folder: write_bf16(model, folder, rope="parameters"),
+    "bf16 of transformers 4": lambda model, folder: write_bf16(model, folder, rope="scaling", with_dtype=False),
+    "bf16 misnamed": write_bf16_bug,
+    "linearised": write_unsloth_linear,
+    "per expert": lambda model, folder: write_per_expert(model, folder, meaning="deinterleaved"),
+    "per expert, halves": lambda model, folder: write_per_expert(model, folder, meaning="halves"),
+    "gguf": lambda model, folder: write_gguf(model, folder / "model.gguf"),
+    "gguf, f16 and f32": lambda model, folder: write_gguf(model, folder / "model.gguf", dense="f16", experts="f32"),
+    "gguf split": lambda model, folder: write_gguf(model, folder / "model.gguf", split=17),
+    "gguf, fused qkv": lambda model, folder: fuse_qkv(*write_gguf(model, folder / "unfused.gguf"), folder / "fused.gguf"),
+}
+INSIDE = {"original": "original", "original split": "original", "metal": "model.bin"}
+
+
+def written(model: Model, folder: Path) -> dict[str, Path]:
+    """The model in every layout: name → what to open."""
+    for name, write in LAYOUTS.items():
+        write(model, folder / name)
+    return {name: folder / name / INSIDE.get(name, "") for name in LAYOUTS}
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Model:
+    """No two widths alike."""
+    return Model(SMALL)
+
+
+@pytest.fixture(scope="session")
+def awkward_model() -> Model:
+    """With rare but legal MXFP4 groups."""
+    return Model(SMALL, AWKWARD)
+
+
+@pytest.fixture(scope="session")
+def square_model() -> Model:
+    """Hidden and expert width alike, so that no shape gives a transposition away."""
+    return Model(SQUARE)
+
+
+@pytest.fixture(scope="session")
+def hf_folder(small_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_model` as released, in shards of 200 kB."""
+    folder = tmp_path_factory.mktemp("small") / "hf"
+    write_hf(small_model, folder, shard_limit=200_000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def square_folder(square_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`square_model` as released."""
+    folder = tmp_path_factory.mktemp("square") / "hf"
+    write_hf(square_model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layouts(awkward_model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`awkward_model` in every layout that is read."""
+    return written(awkward_model, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for models of SMALL's vocabulary."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_tokenizer(folder, SMALL.vocab, SMALL.spare_rows)
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a checkpoint that a test may spoil."""
+
+    def copy(path: Path) -> Path:
+        target = tmp_path / "copy" / path.name
+        target.parent.mkdir(exist_ok=True)
+        return Path(shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[..., Any]:
+    """`conversion.convert(path, target, Options(to, **options))`, silently."""
+    from gptoss_convert.convert import conversion
+
+    @contextmanager
+    def silent(_: str, __: int) -> Iterator[Callable[[int], None]]:
+        yield lambda _: None
+
+    def run(path: Path, target: Path, to: str, **options: Any) -> conversion.Outcome:
+        return conversion.convert(path, target, conversion.Options(to, **options), silent)
+
+    return run
