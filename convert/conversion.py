@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
-from gptoss_convert.convert.names import canonical_shapes, is_expert_matrix
+from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
@@ -21,10 +21,13 @@ from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
+from gptoss_convert.quant.recipe import Recipe, named, plain, read_recipe
 
 TARGETS = ("gguf", "hf", "original", "bf16")
+MAX_RECIPE_BYTES = 1 << 20
 STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
 
 
@@ -35,6 +38,9 @@ class Options:
     to: str
     experts: str = "auto"
     dense: str = "auto"
+    type: str | None = None
+    recipe: Path | None = None
+    widen: str = "auto"
     split_bytes: int | None = None
     threads: int = 0
     proof: bool = True
@@ -69,20 +75,39 @@ def open_for(path: Path, options: Options) -> Source:
 def make_plan(source: Source, target: Path, options: Options) -> Plan:
     """The plan for these options, from headers alone."""
     if options.to == "gguf":
-        experts, dense = _codecs(source, options)
         _check_gguf_name(target, options)
         plan = plan_gguf(
-            source, experts=experts, dense=dense, name=options.name,
-            split_bytes=options.split_bytes, stem=target.name if options.split_bytes else "",
-        )  # fmt: skip
+            source,
+            choose_recipe(source, options),
+            name=options.name,
+            split_bytes=options.split_bytes,
+            stem=target.name if options.split_bytes else "",
+            widening=options.widen == "auto",
+        )
     else:
         _refuse_codecs(options)
         planners = {"hf": plan_hf, "original": plan_original, "bf16": plan_bf16}
         plan = planners[options.to](source, options.split_bytes)
     if options.to == "gguf" and not options.split_bytes:
         plan.files[0] = type(plan.files[0])(target.name, plan.files[0].head, plan.files[0].size)
-    plan.steps = make_steps(canonical_shapes(source.config), plan, source.views)
+    plan.steps = make_steps(plan)
     return plan
+
+
+def choose_recipe(source: Source, options: Options) -> Recipe:
+    """The recipe that --type, --recipe or --experts and --dense ask for."""
+    if options.type is not None and options.recipe is not None:
+        raise UsageError("--type and --recipe exclude each other")
+    if options.type is None and options.recipe is None:
+        return plain(*_codecs(source, options))
+    if (options.experts, options.dense) != ("auto", "auto"):
+        raise UsageError("--experts and --dense are for conversions without --type or --recipe")
+    if options.type is not None:
+        return named(options.type)
+    assert options.recipe is not None
+    with SourceFile(options.recipe) as file:
+        text = bytes(file.read(0, min(file.size, MAX_RECIPE_BYTES))).decode("utf-8", "replace")
+    return read_recipe(text, options.recipe)
 
 
 def _codecs(source: Source, options: Options) -> tuple[str, str]:
@@ -119,10 +144,9 @@ def _refuse_codecs(options: Options) -> None:
             raise UsageError(f"{what} is for --to gguf", found=f"--to {options.to}", remedy=f"leave {what} out")
 
 
-def thread_count(source: Source, plan: Plan, wanted: int) -> int:
+def thread_count(plan: Plan, wanted: int) -> int:
     """Threads to run with: as many as asked for, or cores, but no more than the memory bound allows."""
-    shapes = canonical_shapes(source.config)
-    one = peak_memory(plan, shapes, 1) - peak_memory(plan, shapes, 0)
+    one = peak_memory(plan, 1) - peak_memory(plan, 0)
     return max(1, min(wanted or cores(), STEP_MEMORY // max(one, 1)))
 
 
@@ -133,13 +157,13 @@ def cores() -> int:
 
 def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
     """The dry run's answer: sizes, memory, and every tensor's fate."""
-    threads = thread_count(source, plan, options.threads)
+    threads = thread_count(plan, options.threads)
     return {
         "target": plan.target,
         "options": plan.options,
         "source": {"layout": str(source.layout), "losses": source.losses, "notes": source.notes},
         "output_bytes": plan.output_bytes,
-        "peak_memory_bytes": peak_memory(plan, canonical_shapes(source.config), threads),
+        "peak_memory_bytes": peak_memory(plan, threads),
         "threads": threads,
         "files": [{"name": f.name, "size": f.size} for f in plan.files]
         + [{"name": name, "size": len(data)} for name, data in sorted(plan.small.items())],
@@ -175,9 +199,9 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         raise UsageError("the output would take the place of its source", found=target, expected="another place")
     with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
         plan = make_plan(source, target, options)
-        threads = thread_count(source, plan, options.threads)
+        threads = thread_count(plan, options.threads)
         with show("convert", _step_bytes(plan.steps)) as advance:
-            digests = execute(source, plan, output, threads=threads, advance=advance)
+            digests = execute(plan, output, threads=threads, advance=advance)
         proof = None
         if options.proof:
             made = output.partial if folder else output.path(target.name)
