@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
+from gptoss_convert.convert.forecast import require_sense
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
+from gptoss_convert.convert.rebase import count_blocks, rebase
 from gptoss_convert.convert.run import Digests, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
@@ -41,6 +45,8 @@ class Options:
     type: str | None = None
     recipe: Path | None = None
     widen: str = "auto"
+    allow_larger: bool = False
+    base: Path | None = None
     split_bytes: int | None = None
     threads: int = 0
     proof: bool = True
@@ -76,9 +82,12 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
     """The plan for these options, from headers alone."""
     if options.to == "gguf":
         _check_gguf_name(target, options)
+        recipe = choose_recipe(source, options)
+        if (options.type or options.recipe) and not options.allow_larger:
+            require_sense(source, recipe)
         plan = plan_gguf(
             source,
-            choose_recipe(source, options),
+            recipe,
             name=options.name,
             split_bytes=options.split_bytes,
             stem=target.name if options.split_bytes else "",
@@ -197,18 +206,23 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     folder = options.to != "gguf" or options.split_bytes is not None
     if path.resolve().is_relative_to(target.resolve()):
         raise UsageError("the output would take the place of its source", found=target, expected="another place")
-    with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
-        plan = make_plan(source, target, options)
+    with (
+        Output(target, folder=folder, overwrite=options.overwrite) as output,
+        open_for(path, options) as source,
+        _base(options) as release,
+    ):
+        plan = make_plan(source if release is None else rebase(source, release), target, options)
         threads = thread_count(plan, options.threads)
         with show("convert", _step_bytes(plan.steps)) as advance:
             digests = execute(plan, output, threads=threads, advance=advance)
-        proof = None
+        proof = counts = None
         if options.proof:
             made = output.partial if folder else output.path(target.name)
             with show("prove", work_size(source)) as advance, open_source(made) as artifact:
                 proof = prove(source, artifact, threads=threads, advance=advance)
-            source.check_unchanged()
-        document = certificate(source, plan, digests, proof)
+                counts = None if release is None else count_blocks(source, artifact, release, threads)
+            plan.source.check_unchanged()
+        document = certificate(source, plan, digests, proof, counts)
         data = (json.dumps(document, indent=1) + "\n").encode()
         if folder:
             output.write_small(FOLDER_NAME, data)
@@ -216,6 +230,19 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         else:
             output.publish({file_name(target.name): data})
     return Outcome(target, plan, digests, proof, document)
+
+
+@contextmanager
+def _base(options: Options) -> Iterator[Source | None]:
+    """The release that --base names, opened, or None."""
+    if options.base is None:
+        yield None
+        return
+    if options.to not in ("gguf", "hf", "original"):
+        raise UsageError("--base is for targets with MXFP4 experts", found=f"--to {options.to}")
+    with open_source(options.base) as release:
+        release.require_sound()
+        yield release
 
 
 def _step_bytes(steps: list[Step]) -> int:
