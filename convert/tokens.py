@@ -94,10 +94,16 @@ def _merges(table: Mapping[str, Any]) -> list[str]:
         raise BadInput("the tokenizer has no merges", file=TOKENIZER)
     if all(isinstance(merge, str) for merge in merges):
         return merges
-    if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(part, str) for part in m) for m in merges):
-        raise BadInput("the tokenizer's merges are neither texts nor pairs of texts", file=TOKENIZER)
-    # A space inside a part is written as its byte symbol, so that the joining space is the only one.
-    return [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+    if not all(isinstance(merge, list) for merge in merges):
+        raise BadInput("the tokenizer's merges are of mixed kinds", file=TOKENIZER)
+    try:
+        joined = [f"{left} {right}" for left, right in merges]
+        plain = "".join(map("".join, merges))  # raises TypeError for what is not text
+    except (TypeError, ValueError) as error:
+        raise BadInput("the tokenizer's merges are neither texts nor pairs of texts", file=TOKENIZER) from error
+    if " " in plain:  # inside a part a space is written as its byte symbol, so that the joining one is the only one
+        joined = [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+    return joined
 
 
 def _ids(table: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, int]:
