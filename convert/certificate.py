@@ -13,6 +13,7 @@ from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, companion_byt
 from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.convert.plan import Plan
 from gptoss_convert.convert.proof import DIFFERENT, Proof
+from gptoss_convert.convert.rebase import BlockCounts
 from gptoss_convert.convert.run import Digests
 from gptoss_convert.convert.source import Source
 from gptoss_convert.formats.digests import CERTIFICATE_SCHEMA
@@ -25,8 +26,10 @@ def file_name(artifact: str) -> str:
     return f"{artifact}.certificate.json"
 
 
-def certificate(source: Source, plan: Plan, digests: Digests, proof: Proof | None) -> dict[str, Any]:
-    """The whole document."""
+def certificate(
+    source: Source, plan: Plan, digests: Digests, proof: Proof | None, base: BlockCounts | None = None
+) -> dict[str, Any]:
+    """The whole document. base: of a fine-tune, the blocks that kept the release's bytes and those that did not."""
     sizes = {file.name: file.size for file in plan.files} | {name: len(data) for name, data in plan.small.items()}
     return {
         "schema": CERTIFICATE_SCHEMA,
@@ -40,6 +43,7 @@ def certificate(source: Source, plan: Plan, digests: Digests, proof: Proof | Non
         },
         "lossless": None if proof is None else proof.lossless,
         "lost": None if proof is None else [*source.losses, *_lost(proof)],
+        **({} if base is None else {"base": base.as_dict()}),
         "proof": None if proof is None else proof.as_dict(),
     }
 

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
-from gptoss_convert.convert.names import canonical_shapes, is_expert_matrix
+from gptoss_convert.convert.forecast import require_sense
+from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
+from gptoss_convert.convert.rebase import count_blocks, rebase
 from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
 from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
+from gptoss_convert.quant.recipe import Recipe, named, plain, read_recipe
 
 TARGETS = ("gguf", "hf", "original", "bf16")
+MAX_RECIPE_BYTES = 1 << 20
 STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
 
 
@@ -35,6 +42,11 @@ class Options:
     to: str
     experts: str = "auto"
     dense: str = "auto"
+    type: str | None = None
+    recipe: Path | None = None
+    widen: str = "auto"
+    allow_larger: bool = False
+    base: Path | None = None
     split_bytes: int | None = None
     threads: int = 0
     proof: bool = True
@@ -69,20 +81,42 @@ def open_for(path: Path, options: Options) -> Source:
 def make_plan(source: Source, target: Path, options: Options) -> Plan:
     """The plan for these options, from headers alone."""
     if options.to == "gguf":
-        experts, dense = _codecs(source, options)
         _check_gguf_name(target, options)
+        recipe = choose_recipe(source, options)
+        if (options.type or options.recipe) and not options.allow_larger:
+            require_sense(source, recipe)
         plan = plan_gguf(
-            source, experts=experts, dense=dense, name=options.name,
-            split_bytes=options.split_bytes, stem=target.name if options.split_bytes else "",
-        )  # fmt: skip
+            source,
+            recipe,
+            name=options.name,
+            split_bytes=options.split_bytes,
+            stem=target.name if options.split_bytes else "",
+            widening=options.widen == "auto",
+        )
     else:
         _refuse_codecs(options)
         planners = {"hf": plan_hf, "original": plan_original, "bf16": plan_bf16}
         plan = planners[options.to](source, options.split_bytes)
     if options.to == "gguf" and not options.split_bytes:
         plan.files[0] = type(plan.files[0])(target.name, plan.files[0].head, plan.files[0].size)
-    plan.steps = make_steps(canonical_shapes(source.config), plan, source.views)
+    plan.steps = make_steps(plan)
     return plan
+
+
+def choose_recipe(source: Source, options: Options) -> Recipe:
+    """The recipe that --type, --recipe or --experts and --dense ask for."""
+    if options.type is not None and options.recipe is not None:
+        raise UsageError("--type and --recipe exclude each other")
+    if options.type is None and options.recipe is None:
+        return plain(*_codecs(source, options))
+    if (options.experts, options.dense) != ("auto", "auto"):
+        raise UsageError("--experts and --dense are for conversions without --type or --recipe")
+    if options.type is not None:
+        return named(options.type)
+    assert options.recipe is not None
+    with SourceFile(options.recipe) as file:
+        text = bytes(file.read(0, min(file.size, MAX_RECIPE_BYTES))).decode("utf-8", "replace")
+    return read_recipe(text, options.recipe)
 
 
 def _codecs(source: Source, options: Options) -> tuple[str, str]:
@@ -119,10 +153,9 @@ def _refuse_codecs(options: Options) -> None:
             raise UsageError(f"{what} is for --to gguf", found=f"--to {options.to}", remedy=f"leave {what} out")
 
 
-def thread_count(source: Source, plan: Plan, wanted: int) -> int:
+def thread_count(plan: Plan, wanted: int) -> int:
     """Threads to run with: as many as asked for, or cores, but no more than the memory bound allows."""
-    shapes = canonical_shapes(source.config)
-    one = peak_memory(plan, shapes, 1) - peak_memory(plan, shapes, 0)
+    one = peak_memory(plan, 1) - peak_memory(plan, 0)
     return max(1, min(wanted or cores(), STEP_MEMORY // max(one, 1)))
 
 
@@ -133,13 +166,13 @@ def cores() -> int:
 
 def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
     """The dry run's answer: sizes, memory, and every tensor's fate."""
-    threads = thread_count(source, plan, options.threads)
+    threads = thread_count(plan, options.threads)
     return {
         "target": plan.target,
         "options": plan.options,
         "source": {"layout": str(source.layout), "losses": source.losses, "notes": source.notes},
         "output_bytes": plan.output_bytes,
-        "peak_memory_bytes": peak_memory(plan, canonical_shapes(source.config), threads),
+        "peak_memory_bytes": peak_memory(plan, threads),
         "threads": threads,
         "files": [{"name": f.name, "size": f.size} for f in plan.files]
         + [{"name": name, "size": len(data)} for name, data in sorted(plan.small.items())],
@@ -173,19 +206,24 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     folder = options.to != "gguf" or options.split_bytes is not None
     if path.resolve().is_relative_to(target.resolve()):
         raise UsageError("the output would take the place of its source", found=target, expected="another place")
-    with Output(target, folder=folder, overwrite=options.overwrite) as output, open_for(path, options) as source:
+    with (
+        Output(target, folder=folder, overwrite=options.overwrite) as output,
+        open_for(path, options) as source,
+        _base(options) as release,
+    ):
         with SourceHashing(source) as hashing:
-            plan = make_plan(source, target, options)
-            threads = thread_count(source, plan, options.threads)
+            plan = make_plan(source if release is None else rebase(source, release), target, options)
+            threads = thread_count(plan, options.threads)
             with show("convert", _step_bytes(plan.steps)) as advance:
-                digests = execute(source, plan, output, hashing=hashing, threads=threads, advance=advance)
-        proof = None
+                digests = execute(plan, output, hashing=hashing, threads=threads, advance=advance)
+        proof = counts = None
         if options.proof:
             made = output.partial if folder else output.path(target.name)
             with show("prove", work_size(source)) as advance, open_source(made) as artifact:
                 proof = prove(source, artifact, threads=threads, advance=advance)
-            source.check_unchanged()
-        document = certificate(source, plan, digests, proof)
+                counts = None if release is None else count_blocks(source, artifact, release, threads)
+            plan.source.check_unchanged()
+        document = certificate(source, plan, digests, proof, counts)
         data = (json.dumps(document, indent=1) + "\n").encode()
         if folder:
             output.write_small(FOLDER_NAME, data)
@@ -193,6 +231,19 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         else:
             output.publish({file_name(target.name): data})
     return Outcome(target, plan, digests, proof, document)
+
+
+@contextmanager
+def _base(options: Options) -> Iterator[Source | None]:
+    """The release that --base names, opened, or None."""
+    if options.base is None:
+        yield None
+        return
+    if options.to not in ("gguf", "hf", "original"):
+        raise UsageError("--base is for targets with MXFP4 experts", found=f"--to {options.to}")
+    with open_source(options.base) as release:
+        release.require_sound()
+        yield release
 
 
 def _step_bytes(steps: list[Step]) -> int:

@@ -11,16 +11,16 @@ bound all follow from the plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import blake3
 
 from gptoss_convert import __version__
-from gptoss_convert.convert.names import Shape, as_stack
+from gptoss_convert.convert.names import Shape, as_stack, canonical_shapes
 from gptoss_convert.convert.source import Source
-from gptoss_convert.convert.views import Transposed, View
+from gptoss_convert.convert.views import reads_whole
 from gptoss_convert.kernels.codecs import CODECS
 
 LEAF_ROWS = 1024  # steps begin at multiples of it; the proof's digests are over as many rows
@@ -100,15 +100,17 @@ class Step:
 class Plan:
     """Everything about an output before a byte of tensor data is read.
 
-    files: the large files; small: further files by name, whole; slots: canonical name → its output tensors;
-    places: output tensor → where; options: what was asked for, as it enters the certificate.
+    source: what the steps read, which may be a transformation of what the user gave; options: what was asked for, as it enters
+    the certificate; slots: canonical name → its output tensors; files: the large files; places: output tensor → where;
+    small: further files by name, whole.
     """
 
     target: str
+    source: Source
     options: dict[str, Any]
-    files: list[OutFile]
     slots: dict[str, list[Slot]]
-    places: dict[str, Place]
+    files: list[OutFile] = field(default_factory=list)
+    places: dict[str, Place] = field(default_factory=dict)
     small: dict[str, bytes] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -118,14 +120,19 @@ class Plan:
         """Bytes of all files."""
         return sum(file.size for file in self.files) + sum(map(len, self.small.values()))
 
-    def digest(self, source: Source) -> str:
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Canonical shapes of what is read."""
+        return canonical_shapes(self.source.config)
+
+    def digest(self) -> str:
         """A name for this work on this source, to tell whether an unfinished output belongs to it."""
         hasher = blake3.blake3()
         for part in (
             {"target": self.target, "options": self.options, "version": __version__},
             [[f.name, f.size, blake3.blake3(f.head).hexdigest()] for f in self.files],
             {name: blake3.blake3(data).hexdigest() for name, data in self.small.items()},
-            [[f.name, *asdict(f.identity).values()] for f in source.files],
+            [[f.name, *asdict(f.identity).values()] for f in self.source.files],
         ):
             hasher.update(json.dumps(part, sort_keys=True).encode())
         for step in self.steps:
@@ -148,13 +155,13 @@ def _product(numbers: Iterable[int]) -> int:
     return total
 
 
-def make_steps(shapes: Mapping[str, Shape], plan: Plan, views: Mapping[str, View]) -> list[Step]:
+def make_steps(plan: Plan) -> list[Step]:
     """The steps of a plan whose files are laid out, in the order of their first byte."""
     steps: list[Step] = []
-    for name, shape in shapes.items():
+    for name, shape in plan.shapes.items():
         experts, rows, columns = as_stack(shape)
         slots = plan.slots[name]
-        whole = any(slot.transposed for slot in slots) or isinstance(views[name], Transposed)
+        whole = any(slot.transposed for slot in slots) or reads_whole(plan.source.views[name])
         height = rows if whole else rows_per_step(columns)
         for expert in range(experts):
             for start in range(0, rows, height):
@@ -189,9 +196,9 @@ def _piece(slot: Slot, place: Place, part: tuple[int, int, int], matrix: tuple[i
     return Piece(place.file, place.offset + first * size, count * size, slot.codec, slot.part, columns_only, False)
 
 
-def peak_memory(plan: Plan, shapes: Mapping[str, Shape], threads: int) -> int:
+def peak_memory(plan: Plan, threads: int) -> int:
     """Resident bytes at most: the process, and for each thread the largest step it may hold."""
-    largest = 0
+    largest, shapes = 0, plan.shapes
     for step in plan.steps:
         values = (step.stop - step.start) * as_stack(shapes[step.tensor])[2]
         whole = any(piece.transposed for piece in step.pieces)

@@ -29,7 +29,7 @@ from gptoss_convert.convert.plan import LEAF_ROWS
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.run import Workers
 from gptoss_convert.convert.source import Source
-from gptoss_convert.convert.views import Transposed, View
+from gptoss_convert.convert.views import View, reads_whole
 from gptoss_convert.convert.witness import Witness
 from gptoss_convert.errors import ProofFailed
 from gptoss_convert.kernels import mxfp4
@@ -188,7 +188,7 @@ class _Leaf:
 def _jobs(shape: Shape, *views: View) -> Iterator[_Range]:
     """What is read at a time: a leaf, or the whole matrix of a view that cannot read less."""
     experts, rows, _ = as_stack(shape)
-    height = rows if any(isinstance(view, Transposed) for view in views) else LEAF_ROWS
+    height = rows if any(reads_whole(view) for view in views) else LEAF_ROWS
     for expert in range(experts):
         for start in range(0, rows, height):
             yield _Range(expert, start, min(start + height, rows))
@@ -282,11 +282,11 @@ def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int,
     def run(job: tuple[int, int]) -> None:
         layer, expert = job
         x = probes(config.hidden, PROBES, seed=layer * config.experts + expert)
-        want = a.expert(layer, expert).forward(x, config.swiglu_limit)
-        got = b.expert(layer, expert).forward(x, config.swiglu_limit)
+        want = a.forward(layer, expert, x, config.swiglu_limit)
+        got = b.forward(layer, expert, x, config.swiglu_limit)
         size = np.maximum(np.linalg.norm(want, axis=1), np.finfo(np.float64).tiny)
         error = float((np.linalg.norm(got - want, axis=1) / size).max())
-        errors[job] = error if error > SUMMATION_NOISE else 0.0
+        errors[job] = 0.0 if error <= SUMMATION_NOISE else error
         advance(values)
 
     workers = Workers()
@@ -299,6 +299,7 @@ def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int,
         found = tuple(errors[layer, expert] for expert in range(config.experts))
         proof.layers.append(LayerProof(layer, tuple(map(_rounded, found)), _rounded(allowed)))
         worst = int(np.argmax(found))
+        worst = next((i for i, error in enumerate(found) if math.isnan(error)), worst)
         if not found[worst] <= allowed:
             raise ProofFailed(
                 "an expert of the artifact does not compute what the source's computes",

@@ -114,12 +114,11 @@ class SourceHashing:
             self._workers.join()
 
 
-def execute(
-    source: Source, plan: Plan, output: Output, *, hashing: SourceHashing, threads: int, advance: Advance
-) -> Digests:
+def execute(plan: Plan, output: Output, *, hashing: SourceHashing, threads: int, advance: Advance) -> Digests:
     """Do every step that an earlier run has not finished; returns the digests of all source and output files."""
     files = [(file.name, file.size) for file in plan.files]
-    journal = output.open(plan.digest(source), files)
+    source = plan.source
+    journal = output.open(plan.digest(), files)
     done = _verified(journal, plan, output)
     front = _Front(plan)
     for index, file in enumerate(plan.files):
@@ -132,7 +131,7 @@ def execute(
 
     def work(index: int) -> None:
         step = plan.steps[index]
-        output.record({"step": index, "digest": do_step(source, step, plan, output)})
+        output.record({"step": index, "digest": do_step(step, plan, output)})
         front.finish(step)
         advance(step.nbytes)
 
@@ -162,10 +161,10 @@ def _verified(journal: Sequence[dict[str, Any]], plan: Plan, output: Output) -> 
     return done
 
 
-def do_step(source: Source, step: Step, plan: Plan, output: Output) -> str:
+def do_step(step: Step, plan: Plan, output: Output) -> str:
     """Read, check, encode and write one step; returns the digest of the bytes written."""
-    chunk = source.views[step.tensor].read(step.expert, step.start, step.stop)
-    require_finite(chunk, source, step)
+    chunk = plan.source.views[step.tensor].read(step.expert, step.start, step.stop)
+    require_finite(chunk, plan.source, step)
     hasher = blake3.blake3()
     if any(piece.codec in (BLOCKS, SCALES) for piece in step.pieces):
         chunk = encode_packed(chunk)

@@ -85,6 +85,7 @@ class Source:
     config_table: Mapping[str, Any] | None = None
     stored: list[StoredTensor] = field(default_factory=list)
     revision: str | None = None
+    wide: ModelConfig | None = None  # of a widened file: the widths that its tensors have
     gate_meaning: str | None = None  # of a per-expert checkpoint, see gate_meaning.py
 
     def require_sound(self) -> None:

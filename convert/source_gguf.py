@@ -18,11 +18,12 @@ from gptoss_convert.convert.names import as_stack, canonical_shapes, gguf_gate_u
 from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
 from gptoss_convert.convert.tokens import gguf_companions
 from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
+from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, narrow
 from gptoss_convert.errors import BadInput, Refused, printable
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import TensorInfo, Value, read_header
 from gptoss_convert.formats.gguf_split import open_split
-from gptoss_convert.kernels.codecs import BY_GGML_ID
+from gptoss_convert.kernels.codecs import BY_GGML_ID, FLOATS
 
 ARCHITECTURE = "gpt-oss"
 OWN_TRUNCATE = "gptoss-convert.rope.truncate"
@@ -76,11 +77,31 @@ def _build(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Sourc
         for name, (file, info) in tensors.items()
     ]
     source.companions = gguf_companions(metadata)
+    if KEY_HIDDEN in metadata:
+        source = _narrowed(source)
     if OWN_TRUNCATE not in metadata:
         source.notes.append(
             "GGUF does not say whether YaRN's bounds are truncated; the release's answer (no) is assumed"
         )
     return source
+
+
+def _narrowed(source: Source) -> Source:
+    """A wide file of ours, seen as the model it was made of."""
+    wide, metadata = source.config, source.metadata
+    true = [_get(metadata, key) for key in (KEY_HIDDEN, KEY_INTERMEDIATE)]
+    gain = _get(metadata, KEY_GAIN)
+    fits = all(isinstance(n, int) and 0 < n <= w for n, w in zip(true, (wide.hidden, wide.intermediate), strict=True))
+    if not fits or gain not in FLOATS:
+        raise BadInput("the keys of a widened file do not fit it", file=source.path, found=f"{true}, {gain!r}")
+    source.check_shapes()
+    narrowed = narrow(source, true[0], true[1], gain)
+    narrowed.notes.append(
+        f"the file is widened from {true[0]} to {wide.hidden} columns (experts from {true[1]} to {wide.intermediate}), so that "
+        "blocks of 256 fit; it is read as the model it was made of"
+    )
+    narrowed.wide = wide
+    return narrowed
 
 
 def _get(metadata: Mapping[str, Value], key: str, default: Any = None) -> Any:

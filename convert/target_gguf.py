@@ -7,6 +7,7 @@ file depends on a path, a clock or a machine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,46 +16,74 @@ from gptoss_convert.config import ModelConfig, default_sliding
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.model_card import card_metadata
 from gptoss_convert.convert.names import (
-    EMBEDDING,
-    HEAD,
     Shape,
     canonical_shapes,
     gguf_gate_up,
     gguf_name,
-    is_expert_matrix,
     is_gate_up,
+    split_name,
 )
 from gptoss_convert.convert.plan import OutFile, Place, Plan, Slot, greedy_shards, slot_bytes
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.convert.source_gguf import ARCHITECTURE, OWN_TRUNCATE
 from gptoss_convert.convert.tokens import PRE, Vocabulary, read_vocabulary
+from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, is_gain, required, widen
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.gguf import Value, ValueType, array, boolean, build_header, f32, string, u32
-from gptoss_convert.formats.gguf_split import split_metadata, split_name
+from gptoss_convert.formats.gguf_split import split_metadata
+from gptoss_convert.formats.gguf_split import split_name as part_name
 from gptoss_convert.kernels.codecs import CODECS
+from gptoss_convert.quant.recipe import Recipe
 
 ALIGNMENT = 32
 # llama.cpp's LLAMA_FTYPE, by what the experts are.
-FILE_TYPE = {"f32": 0, "f16": 1, "q8_0": 7, "q5_0": 8, "bf16": 32, "mxfp4": 38}
+FILE_TYPE = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16,
+    "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32,
+    "mxfp4": 38, "nvfp4": 39, "q2_0": 41,
+}  # fmt: skip
+GUESSED = 1024  # llama.cpp's flag for a mixture that it has no number for
 QUANTIZATION_VERSION = 2
 
 
 def plan_gguf(
-    source: Source, *, experts: str, dense: str, name: str | None = None, split_bytes: int | None = None, stem: str = ""
+    source: Source,
+    recipe: Recipe,
+    *,
+    name: str | None = None,
+    split_bytes: int | None = None,
+    stem: str = "",
+    widening: bool = True,
 ) -> Plan:
-    """The plan of a GGUF, one file or parts of at most `split_bytes` of tensor data named after `stem`."""
+    """The plan of a GGUF by a recipe: one file, or parts of at most `split_bytes` of tensor data named after `stem`.
+
+    Where the recipe's codecs do not divide the rows, the model is widened, or refused when `widening` is False.
+    """
     require_expressible(source.config, source)
-    shapes = canonical_shapes(source.config)
-    slots = {canonical: _slots(canonical, shape, experts, dense) for canonical, shape in shapes.items()}
+    slots = gguf_slots(source.config, recipe)
+    wide = required(source.config, {slot.name: slot.codec for group in slots.values() for slot in group})
+    if wide is not None:
+        if not widening:
+            _refuse_rows(slots)
+        true, source = source, widen(source, wide)
+        slots = gguf_slots(source.config, recipe)
     tensors = [slot for group in slots.values() for slot in group]
-    metadata = build_metadata(source, tensors, experts, name)
+    metadata = build_metadata(source, tensors, name)
+    if wide is not None:
+        metadata += widening_keys(true)
     if split_bytes is None:
         parts = [[slot.name for slot in tensors]]
         names = [stem]
     else:
         parts = list(greedy_shards([(slot.name, slot_bytes(slot)) for slot in tensors], split_bytes))
-        names = [split_name(stem, i, len(parts)) for i in range(len(parts))]
-    plan = Plan("gguf", {"experts": experts, "dense": dense, "name": name, "split_bytes": split_bytes}, [], slots, {})
+        names = [part_name(stem, i, len(parts)) for i in range(len(parts))]
+    options = {"recipe": recipe.as_dict(), "name": name, "split_bytes": split_bytes}
+    plan = Plan("gguf", source, options, slots)
+    if wide is not None:
+        plan.notes.append(
+            f"widened from {true.config.hidden} to {wide.hidden} columns (experts from {true.config.intermediate} to "
+            f"{wide.intermediate}) by zeros, because blocks of 256 do not divide the rows; it computes the same function"
+        )
     by_name = {slot.name: slot for slot in tensors}
     for index, part in enumerate(parts):
         keys = metadata if index == 0 else []
@@ -86,30 +115,48 @@ def _is_default_factor(config: ModelConfig) -> bool:
     return config.attention_factor is not None and bool(np.isclose(config.attention_factor, default, rtol=1e-9))
 
 
-def _slots(name: str, shape: Shape, experts: str, dense: str) -> list[Slot]:
+def gguf_slots(config: ModelConfig, recipe: Recipe) -> dict[str, list[Slot]]:
+    """The output tensors of every canonical one, with the codecs that the recipe gives them."""
+    return {name: _slots(name, shape, recipe, config.layers) for name, shape in canonical_shapes(config).items()}
+
+
+def _slots(name: str, shape: Shape, recipe: Recipe, layers: int) -> list[Slot]:
+    layer, _ = split_name(name)
     if is_gate_up(name):
-        codec = experts if is_expert_matrix(name) else "f32"
         halved = (shape[0], shape[1] // 2, *shape[2:])
-        return [
-            Slot(there, codec, halved, part) for there, part in zip(gguf_gate_up(name), ("gate", "up"), strict=True)
-        ]
+        parts = zip(gguf_gate_up(name), ("gate", "up"), strict=True)
+        return [Slot(there, recipe.codec(there, layer, layers), halved, part) for there, part in parts]
     there = gguf_name(name)
     assert there is not None
-    if is_expert_matrix(name):
-        codec = experts
-    else:
-        matrix = name in (EMBEDDING, HEAD) or ".self_attn." in name
-        codec = dense if matrix and len(shape) == 2 else "f32"
-    return [Slot(there, codec, shape)]
+    return [Slot(there, recipe.codec(there, layer, layers), shape)]
+
+
+def _refuse_rows(slots: Mapping[str, list[Slot]]) -> None:
+    """Name the first tensor whose rows its codec does not divide."""
+    for group in slots.values():
+        for slot in group:
+            if not CODECS[slot.codec].fits(slot.shape[-1]):
+                raise Refused(
+                    "the codec's blocks do not divide the tensor's rows",
+                    tensor=slot.name,
+                    found=f"{slot.shape[-1]} columns",
+                    expected=f"a multiple of {CODECS[slot.codec].block} for {slot.codec}",
+                    remedy="let the model be widened (--widen auto), or choose a type with blocks of 32",
+                )
+
+
+def widening_keys(true: Source) -> list[tuple[str, Value]]:
+    """What a wide file says of the model it was made of."""
+    gain = next(view.encoding for name, view in true.views.items() if is_gain(name))
+    return [
+        (KEY_HIDDEN, u32(true.config.hidden)),
+        (KEY_INTERMEDIATE, u32(true.config.intermediate)),
+        (KEY_GAIN, string(gain)),
+    ]
 
 
 def _lay_out(plan: Plan, file_name: str, keys: Sequence[tuple[str, Value]], slots: Sequence[Slot]) -> None:
-    for slot in slots:
-        if not CODECS[slot.codec].fits(slot.shape[-1]):
-            raise Refused(
-                "the codec's blocks do not divide the tensor's rows", tensor=slot.name,
-                found=f"{slot.shape[-1]} columns", expected=f"a multiple of {CODECS[slot.codec].block} for {slot.codec}",
-            )  # fmt: skip
+    _refuse_rows({slot.name: [slot] for slot in slots})
     infos = [(slot.name, CODECS[slot.codec].ggml_id, tuple(reversed(slot.shape))) for slot in slots]
     head, placed = build_header(keys, infos, ALIGNMENT)
     for info in placed:
@@ -121,9 +168,15 @@ def _lay_out(plan: Plan, file_name: str, keys: Sequence[tuple[str, Value]], slot
 # --- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def build_metadata(source: Source, tensors: Sequence[Slot], experts: str, name: str | None) -> list[tuple[str, Value]]:
+def build_metadata(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
     """All keys, in the converter's order: general, architecture, tokenizer."""
-    return [*_general(source, tensors, name), *_model(source.config, experts), *_tokenizer(source)]
+    return [*_general(source, tensors, name), *_model(source.config, _expert_codec(tensors)), *_tokenizer(source)]
+
+
+def _expert_codec(tensors: Sequence[Slot]) -> str:
+    """The codec that most experts' weights have: what a file's type is named after."""
+    counts = Counter(slot.codec for slot in tensors if "_exps.weight" in slot.name)
+    return counts.most_common(1)[0][0]
 
 
 def _general(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
@@ -175,7 +228,7 @@ def _model(config: ModelConfig, experts: str) -> list[tuple[str, Value]]:
     if config.sliding != default_sliding(config.layers):
         own.append(("attention.sliding_window_pattern", array(ValueType.BOOL, list(config.sliding))))
     keys = [(f"{ARCHITECTURE}.{key}", value) for key, value in own]
-    keys.append(("general.file_type", u32(FILE_TYPE[experts])))
+    keys.append(("general.file_type", u32(FILE_TYPE.get(experts, GUESSED))))
     keys.append(("general.quantization_version", u32(QUANTIZATION_VERSION)))
     if config.truncate:  # llama.cpp always truncates YaRN's bounds; kept so that a way back exists
         keys.append((OWN_TRUNCATE, boolean(True)))

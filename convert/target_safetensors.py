@@ -44,7 +44,7 @@ def plan_hf(source: Source, shard_bytes: int | None = None) -> Plan:
     shapes = canonical_shapes(source.config)
     _require_blocks(source.config)
     slots = {name: _hf_slots(name, shape) for name, shape in shapes.items()}
-    plan = Plan("hf", {"split_bytes": shard_bytes}, [], slots, {})
+    plan = Plan("hf", source, {"split_bytes": shard_bytes}, slots)
     shards = _shards(slots, _conversion_order(source.config), shard_bytes or HF_SHARD_BYTES)
     last = len(shards) - 1
     names = [f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(len(shards))] if last else ["model.safetensors"]
@@ -60,7 +60,7 @@ def plan_bf16(source: Source, shard_bytes: int | None = None) -> Plan:
     """Canonical bf16: the form that transformers holds in memory."""
     shapes = canonical_shapes(source.config)
     slots = {name: [_bf16_slot(name, shape)] for name, shape in shapes.items()}
-    plan = Plan("bf16", {"split_bytes": shard_bytes}, [], slots, {})
+    plan = Plan("bf16", source, {"split_bytes": shard_bytes}, slots)
     shards = _shards(slots, list(shapes), shard_bytes or BF16_SHARD_BYTES)
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -79,7 +79,7 @@ def plan_original(source: Source, shard_bytes: int | None = None) -> Plan:
     _require_original(source)
     _require_blocks(config)
     slots = {name: _original_slots(name, shape, config) for name, shape in canonical_shapes(config).items()}
-    plan = Plan("original", {"split_bytes": shard_bytes}, [], slots, {})
+    plan = Plan("original", source, {"split_bytes": shard_bytes}, slots)
     unique = {slot.name: slot for group in slots.values() for slot in group}
     parts = list(
         greedy_shards([(n, slot_bytes(unique[n])) for n in sorted(unique)], shard_bytes or ORIGINAL_SHARD_BYTES)

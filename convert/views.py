@@ -282,6 +282,12 @@ class Rotated:
         return Rows(self.encoding, encode_float(values * np.float32(self.factor), self.encoding))
 
 
+def reads_whole(view: View) -> bool:
+    """Whether every read of the view costs a whole matrix, however few rows are asked for."""
+    base = getattr(view, "base", None)
+    return isinstance(view, Transposed) or (base is not None and not isinstance(view, Stored) and reads_whole(base))
+
+
 def misfit(view: View) -> str | None:
     """What does not fit together in a view made of several tensors: found sizes, in words; None if all is well."""
     stacks: list[Stack] = []

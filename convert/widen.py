@@ -5,8 +5,8 @@ zeros, they do, and no runtime needs to know:
 
     tensor                     change
     embedding, head            zero columns
-    attention and mlp norm,    gain · √(D/D'), zeros beyond D; epsilon · D/D'. The mean square over D' of a vector with D' − D zeros is
-    final norm                 D/D' of that over D, so the normed vector comes out the same
+    attention and mlp norm,    gain · √(D/D'), zeros beyond D; epsilon · D/D'. The mean square over D' of a vector with
+    final norm                 D' − D zeros is D/D' of that over D, so the normed vector comes out the same
     q, k, v, router            zero columns
     attention output, down     zero rows, zero bias
     gate, up                   zero columns, zero rows, zero bias: gate 0 makes the activation 0

@@ -69,12 +69,23 @@ class Witness:
     """Reads experts out of a source's files by their raw tensors."""
 
     def __init__(self, source: Source) -> None:
-        self.config: ModelConfig = source.config
+        self.config: ModelConfig = source.wide or source.config
+        self._true_hidden = source.config.hidden
         self.layout = source.layout
         self._meaning = source.gate_meaning
         self._raw = _raw_tensors(source)
         self._end = source.files[-1].size
         self._file = source.files[-1]
+
+    def forward(self, layer: int, expert: int, probes: F32, limit: float) -> F64:
+        """One expert's output on probes f32 [P, D] → f64 [P, D]. A wide file gets zeros beyond D, and must give zeros there."""
+        given = np.zeros((len(probes), self.config.hidden), np.float32)
+        given[:, : self._true_hidden] = probes
+        output = self.expert(layer, expert).forward(given, limit)
+        beyond = output[:, self._true_hidden :]
+        if beyond.any():
+            output[:, : self._true_hidden] = np.nan  # what reaches the widened stream spoils every later norm
+        return output[:, : self._true_hidden]
 
     def expert(self, layer: int, expert: int) -> Expert:
         """One expert of one layer."""

@@ -8,6 +8,7 @@ never a mixture of two versions.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -176,12 +177,17 @@ def parse_json(text: bytes, path: object) -> dict[str, Any]:
         raise BadInput(
             "a git-LFS pointer stands where the file should be", file=path, remedy="fetch the real file: git lfs pull"
         )
+    collecting = gc.isenabled()
+    gc.disable()  # the half million lists of a tokenizer would set the collector off again and again, for nothing
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=real, parse_constant=constant)
     except RecursionError as error:
         raise BadInput("the JSON is nested too deeply", file=path, expected="at most a few hundred levels") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadInput("not valid JSON", file=path, found=error) from error
+    finally:
+        if collecting:
+            gc.enable()
     if not isinstance(value, dict):
         raise BadInput("the JSON is not an object", file=path, found=type(value).__name__, expected="an object")
     if _SURROGATE_ESCAPE.search(text) and (broken := _not_encodable(value)) is not None:

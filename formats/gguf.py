@@ -99,6 +99,15 @@ def read_header(file: SourceFile) -> GgufHeader:
     return GgufHeader(version, metadata, tensors, alignment, start, file.size)
 
 
+def header_bytes(metadata: Sequence[tuple[str, Value]], tensors: Sequence[tuple[str, int]]) -> int:
+    """Bytes of a header before its padding, for tensors given as (name, dimensions): what `build_header` will need."""
+    parts = [MAGIC, _U32.pack(VERSION), _U64.pack(0), _U64.pack(0)]
+    for key, value in metadata:
+        _pack_string(parts, key, MAX_KEY_BYTES)
+        _pack_value(parts, key, value)
+    return sum(map(len, parts)) + sum(8 + len(name.encode()) + 4 + 8 * rank + 4 + 8 for name, rank in tensors)
+
+
 def build_header(
     metadata: Sequence[tuple[str, Value]],
     tensors: Sequence[tuple[str, int, tuple[int, ...]]],

@@ -28,27 +28,17 @@ from numpy.typing import NDArray
 
 from gptoss_convert.kernels.floats import F32, U8, U16
 from gptoss_convert.kernels.lanes import F16_MAX, KERNEL, f16, importance_blocks, nearest, refuse_size
-from gptoss_convert.kernels.lattice import SUPER, Grid, search
+from gptoss_convert.kernels.lattice import SUPER, Grid, Packed, search
 
-SIGNS = SUPER // 8
 SCALES = 16
 ROUNDS = 2
 TURNS = 0
 _F1 = np.float32(1)
 _TINY = np.float32(1e-20)
 # Where the peak of a part may lie, in units of the highest level.
-_PEAKS = np.array([0.55, 0.75, 0.95, 1.15], np.float32)
+_PEAKS = np.array([0.6, 0.8, 1.0, 1.2], np.float32)
 # Odd multiples of d · step at which the largest scale may lie, and between them.
 _MULTIPLES = (33.5 - 0.5 * np.arange(40)).astype(np.float32)
-
-
-class Fitted(NamedTuple):
-    """R rows of B super-blocks, before their bits are packed."""
-
-    d: F32  # [R, B], float16's values
-    scales: U8  # [R, B, parts]
-    ids: U16  # [R, B, groups]
-    signs: U8  # [R, B, 32]: bit i is set where value i of the eight is negative
 
 
 class _Work(NamedTuple):
@@ -83,7 +73,7 @@ def _work() -> _Work:
     )  # fmt: skip
 
 
-def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, step: float) -> Fitted:
+def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, step: float) -> Packed:
     """Values f32 [R, C], finite, C a multiple of 256; importance f32 [C] or None; `part` values share a scale.
 
     ValueError names row and column of a value beyond what a float16 d can reach.
@@ -93,11 +83,11 @@ def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, 
     scaled, _ = importance_blocks(importance, SUPER)
     w = np.ones((blocks, SUPER), np.float32) if scaled is None else np.maximum(scaled, np.float32(1e-9))
     w = np.ascontiguousarray(w.reshape(blocks, -1, axes).transpose(0, 2, 1)).reshape(blocks, SUPER)
-    out = Fitted(
+    out = Packed(
         np.zeros((rows, blocks), np.float32),
         np.zeros((rows, blocks, SUPER // part), np.uint8),
         np.zeros((rows, blocks, SUPER // axes), np.uint16),
-        np.zeros((rows, blocks, SIGNS), np.uint8),
+        np.zeros((rows, blocks, SUPER // 8), np.uint8),
     )
     products = np.unique(np.outer(grid.levels.astype(np.float64), 2 * np.arange(SCALES) + 1))
     limit = F16_MAX * step * products[-1]

@@ -22,6 +22,7 @@ VERBS = {
     "inspect": "what a folder or file is: layout, model, types, shapes, anything odd",
     "verify": "every file's SHA-256 against the official digests, a list or a manifest; offline",
     "fetch": "download a pinned revision, then verify every byte",
+    "plan": "forecast: the size of every type of GGUF, to the byte, from headers alone",
     "convert": "source → GGUF, HF, original or bf16, proved equal to the source",
 }
 

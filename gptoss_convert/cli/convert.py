@@ -47,6 +47,22 @@ class Size(click.ParamType[int]):
     type=click.Choice(["auto", "bf16", "f16", "f32", "q8_0"]),
     help="GGUF: codec of embedding, head and attention. auto keeps the source's.",
 )
+@click.option(
+    "--type", "type_name", metavar="NAME", help="GGUF: a type by its known name: mxfp4, q3_k_m, q2_k, iq2_xs …"
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="GGUF: your own choice of codecs, a TOML file.")
+@click.option(
+    "--widen",
+    default="auto",
+    type=click.Choice(["auto", "none"]),
+    help="GGUF: let the model be widened by zeros where the type's blocks of 256 do not divide its rows.",
+)
+@click.option(
+    "--allow-larger", is_flag=True, help="GGUF: write a type that is larger than the source without being better."
+)
+@click.option(
+    "--base", metavar="RELEASE", help="The release that SRC is a fine-tune of: unchanged blocks keep its bytes."
+)
 @click.option("--split-size", type=Size(), help="Divide the output into files of at most this much tensor data: 4GB.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
 @click.option("--name", help="GGUF: general.name, such as my-org/my-finetune-20B.")
@@ -64,6 +80,11 @@ def command(
     to: str,
     experts: str,
     dense: str,
+    type_name: str | None,
+    recipe: Path | None,
+    widen: str,
+    allow_larger: bool,
+    base: str | None,
     split_size: int | None,
     threads: int,
     name: str | None,
@@ -87,7 +108,21 @@ def command(
     path = resolve_source(src, progress)
 
     options = conversion.Options(
-        to, experts, dense, split_size, threads, not no_proof, name, tokenizer, gate_proj, overwrite
+        to=to,
+        experts=experts,
+        dense=dense,
+        type=type_name,
+        recipe=recipe,
+        widen=widen,
+        allow_larger=allow_larger,
+        base=resolve_source(base, progress) if base else None,
+        split_bytes=split_size,
+        threads=threads,
+        proof=not no_proof,
+        name=name,
+        tokenizer=tokenizer,
+        gate_proj=gate_proj,
+        overwrite=overwrite,
     )
     if dry_run:
         with conversion.open_for(path, options) as source:
@@ -136,6 +171,11 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
         f"{proof.count('value-equal')} value-equal, {proof.count('different')} rounded"
     )
     console.print(f"         {experts} experts compute the same on probes: largest difference {proof.worst_output:.2g}")
+    if base := document.get("base"):
+        console.print(
+            f"base     {base['kept']:,} of {base['blocks']:,} blocks keep the release's bytes, "
+            f"{base['exact']:,} changed exactly, {base['rounded']:,} changed and rounded"
+        )
     for line in document["lost"]:
         console.print(f"lost     {line}", markup=False)
     if not document["lost"]:
