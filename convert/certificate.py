@@ -42,7 +42,7 @@ def certificate(
             "notes": plan.notes,
         },
         "lossless": None if proof is None else proof.lossless,
-        "lost": None if proof is None else [*source.losses, *_lost(proof)],
+        "lost": None if proof is None else [*source.losses, *plan.losses, *_lost(proof)],
         **({} if base is None else {"base": base.as_dict()}),
         "proof": None if proof is None else proof.as_dict(),
     }

@@ -91,7 +91,8 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
             name=options.name,
             split_bytes=options.split_bytes,
             stem=target.name if options.split_bytes else "",
-            widening=options.widen == "auto",
+            widening=options.widen,
+            threads=options.threads or cores(),
         )
     else:
         _refuse_codecs(options)

@@ -114,6 +114,7 @@ class Plan:
     small: dict[str, bytes] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)  # what the plan gives up by design
 
     @property
     def output_bytes(self) -> int:

@@ -138,7 +138,7 @@ def prove(source: Source, artifact: Source, *, threads: int, advance: Advance) -
     for name, shape in shapes.items():
         leaves = [leaf for rows in jobs[name] for leaf in results[name, rows]]
         proof.tensors.append(_tensor_proof(name, shape, leaves, source, artifact))
-    _require_close_weights(proof)
+    _require_close_weights(proof, lossy=bool(artifact.losses))
     _prove_experts(source, artifact, proof, threads, advance)
     return proof
 
@@ -256,9 +256,9 @@ def _tensor_proof(name: str, shape: Shape, leaves: list[_Leaf], source: Source, 
     )  # fmt: skip
 
 
-def _require_close_weights(proof: Proof) -> None:
+def _require_close_weights(proof: Proof, lossy: bool) -> None:
     for tensor in proof.tensors:
-        lossy_codecs = tensor.verdict == DIFFERENT and tensor.source_encoding != tensor.artifact_encoding
+        lossy_codecs = lossy or tensor.source_encoding != tensor.artifact_encoding
         if tensor.verdict == DIFFERENT and (not lossy_codecs or tensor.rms_error > WEIGHTS_AT_MOST):
             raise ProofFailed(
                 "a tensor of the artifact does not hold the source's values",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gptoss_convert.config import ModelConfig, check_consistent, default_sliding
+from gptoss_convert.convert.cut import KEY_DROPPED, describe, kept_from, restore
 from gptoss_convert.convert.names import as_stack, canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
 from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
 from gptoss_convert.convert.tokens import gguf_companions
@@ -21,7 +22,7 @@ from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
 from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, narrow
 from gptoss_convert.errors import BadInput, Refused, printable
 from gptoss_convert.formats.files import SourceFile
-from gptoss_convert.formats.gguf import TensorInfo, Value, read_header
+from gptoss_convert.formats.gguf import TensorInfo, Value, ValueType, read_header
 from gptoss_convert.formats.gguf_split import open_split
 from gptoss_convert.kernels.codecs import BY_GGML_ID, FLOATS
 
@@ -91,10 +92,13 @@ def _narrowed(source: Source) -> Source:
     wide, metadata = source.config, source.metadata
     true = [_get(metadata, key) for key in (KEY_HIDDEN, KEY_INTERMEDIATE)]
     gain = _get(metadata, KEY_GAIN)
-    fits = all(isinstance(n, int) and 0 < n <= w for n, w in zip(true, (wide.hidden, wide.intermediate), strict=True))
-    if not fits or gain not in FLOATS:
+    cut = KEY_DROPPED in metadata
+    fits = all(isinstance(n, int) and 0 < n < 1 << 24 for n in true) and true[0] <= wide.hidden
+    if not fits or (true[1] > wide.intermediate) != cut or gain not in FLOATS:
         raise BadInput("the keys of a widened file do not fit it", file=source.path, found=f"{true}, {gain!r}")
     source.check_shapes()
+    if cut:
+        return _restored(source, true[0], true[1], gain)
     narrowed = narrow(source, true[0], true[1], gain)
     narrowed.notes.append(
         f"the file is widened from {true[0]} to {wide.hidden} columns (experts from {true[1]} to {wide.intermediate}), so that "
@@ -102,6 +106,21 @@ def _narrowed(source: Source) -> Source:
     )
     narrowed.wide = wide
     return narrowed
+
+
+def _restored(source: Source, hidden: int, intermediate: int, gain: str) -> Source:
+    """A file whose experts were cut, in the original widths, with zeros where neurons were dropped."""
+    wide = source.config
+    dropped = source.metadata[KEY_DROPPED]
+    kept = None
+    if dropped.element_type is ValueType.UINT16:
+        kept = kept_from(dropped.value, wide.layers, wide.experts, intermediate)
+    if kept is None or kept[0].shape[1] != wide.intermediate:
+        raise BadInput("the list of dropped neurons does not fit the file", file=source.path, tensor=KEY_DROPPED)
+    restored = restore(narrow(source, hidden, wide.intermediate, gain), kept, intermediate)
+    restored.losses.append(describe(intermediate, wide.intermediate))
+    restored.wide = wide
+    return restored
 
 
 def _get(metadata: Mapping[str, Value], key: str, default: Any = None) -> Any:

@@ -114,7 +114,7 @@ def open_safetensors(folder: Path, names: list[str], gate_proj: str | None) -> S
 
 def _weight_map(index: Path) -> dict[str, str]:
     table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise BadInput("the index has no weight_map of tensor names to file names", file=index)
     return table
 
@@ -234,6 +234,10 @@ def _add(source: Source, name: str, view: View, *names: str) -> None:
 def _add_packed(source: Source, name: str, tensors: Tensors, blocks_name: str, scales_name: str) -> None:
     blocks, scales = tensors.get(blocks_name), tensors.get(scales_name)
     if blocks is None or scales is None:
+        source.names[name] = tuple(there for there in (blocks_name, scales_name) if there in tensors)
+        source.problems.extend(
+            Problem("a tensor is missing", there) for there in (blocks_name, scales_name) if there not in tensors
+        )
         return
     shape, groups = blocks.entry.shape, scales.entry.shape
     fits = len(shape) == 4 and shape[3] == 16 and shape[:3] == groups

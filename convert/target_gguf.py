@@ -14,6 +14,7 @@ import numpy as np
 
 from gptoss_convert.config import ModelConfig, default_sliding
 from gptoss_convert.convert.companions import companion_bytes
+from gptoss_convert.convert.cut import KEY_DROPPED, choose, cut, describe, dropped_list
 from gptoss_convert.convert.model_card import card_metadata
 from gptoss_convert.convert.names import (
     Shape,
@@ -27,7 +28,16 @@ from gptoss_convert.convert.plan import OutFile, Place, Plan, Slot, greedy_shard
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.convert.source_gguf import ARCHITECTURE, OWN_TRUNCATE
 from gptoss_convert.convert.tokens import PRE, Vocabulary, read_vocabulary
-from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, is_gain, required, widen
+from gptoss_convert.convert.widen import (
+    KEY_GAIN,
+    KEY_HIDDEN,
+    KEY_INTERMEDIATE,
+    SUPER_BLOCK,
+    Widening,
+    is_gain,
+    required,
+    widen,
+)
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.gguf import Value, ValueType, array, boolean, build_header, f32, string, u32
 from gptoss_convert.formats.gguf_split import split_metadata
@@ -53,37 +63,29 @@ def plan_gguf(
     name: str | None = None,
     split_bytes: int | None = None,
     stem: str = "",
-    widening: bool = True,
+    widening: str = "auto",
+    threads: int = 1,
 ) -> Plan:
     """The plan of a GGUF by a recipe: one file, or parts of at most `split_bytes` of tensor data named after `stem`.
 
-    Where the recipe's codecs do not divide the rows, the model is widened, or refused when `widening` is False.
+    Where the recipe's codecs do not divide the rows, the model is widened ("auto"), or its experts are cut to the next lower
+    multiple and only the residual stream is widened ("cut"), or the recipe is refused ("none").
     """
     require_expressible(source.config, source)
     slots = gguf_slots(source.config, recipe)
-    wide = required(source.config, {slot.name: slot.codec for group in slots.values() for slot in group})
-    if wide is not None:
-        if not widening:
-            _refuse_rows(slots)
-        true, source = source, widen(source, wide)
-        slots = gguf_slots(source.config, recipe)
+    changed, note, losses, keys = _change_widths(source, slots, widening, threads)
+    if changed is not source:
+        source, slots = changed, gguf_slots(changed.config, recipe)
     tensors = [slot for group in slots.values() for slot in group]
-    metadata = build_metadata(source, tensors, name)
-    if wide is not None:
-        metadata += widening_keys(true)
+    metadata = build_metadata(source, tensors, name) + keys
     if split_bytes is None:
         parts = [[slot.name for slot in tensors]]
         names = [stem]
     else:
         parts = list(greedy_shards([(slot.name, slot_bytes(slot)) for slot in tensors], split_bytes))
         names = [part_name(stem, i, len(parts)) for i in range(len(parts))]
-    options = {"recipe": recipe.as_dict(), "name": name, "split_bytes": split_bytes}
-    plan = Plan("gguf", source, options, slots)
-    if wide is not None:
-        plan.notes.append(
-            f"widened from {true.config.hidden} to {wide.hidden} columns (experts from {true.config.intermediate} to "
-            f"{wide.intermediate}) by zeros, because blocks of 256 do not divide the rows; it computes the same function"
-        )
+    options = {"recipe": recipe.as_dict(), "widen": widening, "name": name, "split_bytes": split_bytes}
+    plan = Plan("gguf", source, options, slots, notes=[note] if note else [], losses=losses)
     by_name = {slot.name: slot for slot in tensors}
     for index, part in enumerate(parts):
         keys = metadata if index == 0 else []
@@ -91,6 +93,30 @@ def plan_gguf(
             keys = [*keys, *split_metadata(index, len(parts), len(tensors))]
         _lay_out(plan, names[index], keys, [by_name[tensor] for tensor in part])
     return plan
+
+
+def _change_widths(
+    source: Source, slots: Mapping[str, list[Slot]], widening: str, threads: int
+) -> tuple[Source, str, list[str], list[tuple[str, Value]]]:
+    """The source in widths that the slots' codecs divide, what to say of it, what it loses, and the keys that undo it."""
+    true = source.config
+    wide = required(true, {slot.name: slot.codec for group in slots.values() for slot in group})
+    if wide is None:
+        return source, "", [], []
+    if widening == "none":
+        _refuse_rows(slots)
+    keys, losses = widening_keys(source), []
+    lower = true.intermediate - true.intermediate % SUPER_BLOCK
+    if widening == "cut" and wide.intermediate > true.intermediate and lower:
+        kept = choose(source, lower, threads)
+        keys.append((KEY_DROPPED, array(ValueType.UINT16, dropped_list(kept, true.intermediate))))
+        losses.append(describe(true.intermediate, lower))
+        source, wide = cut(source, kept), Widening(wide.hidden, lower)
+    note = (
+        f"widened from {true.hidden} to {wide.hidden} columns (experts from {true.intermediate} to {wide.intermediate}), "
+        "because blocks of 256 do not divide the rows; what is added is zeros and changes nothing"
+    )
+    return widen(source, wide), note, losses, keys
 
 
 def require_expressible(config: ModelConfig, source: Source) -> None:

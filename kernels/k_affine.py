@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, f16, moments, nearest
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, coarse, f16, moments, nearest, sizes
 
 F1 = np.float32(1)
 F2 = np.float32(2)
+_KEEP_1 = np.float32(2**23 + 1)
+_EIGHTH, _TWELFTH = np.float32(1 / 8), np.float32(1 / 12)
 
 
 @njit(**KERNEL)
@@ -156,8 +158,40 @@ def refit(x: Any, w: Any, high: Any, parts: Any, a: Any, b: Any, s: Any, d: Any,
 
 
 @njit(**KERNEL)
+def exact_parts(
+    x: Any, w: Any, high: Any, parts: Any, flag: Any, s: Any, d: Any, dmin: Any, a: Any, b: Any, least: Any
+) -> Any:
+    """MXFP4-valued super-blocks in 5 bits: every value an integer −12 … 12 times the part's power of two u, so code − 16.
+
+    d = u₀/32 and dmin = u₀/2 for the largest u₀ make scale and min 32 u/u₀, exact down to u₀/32. False if no lane is so.
+    """
+    if not coarse(x, flag):
+        return False
+    unit, inverse, base = s[0], s[1], s[2]
+    sizes(x, unit)
+    for k in range(LANES):
+        spread = unit[k] * _KEEP_1
+        unit[k] *= _EIGHTH if spread - (spread - unit[k]) == unit[k] else _TWELFTH
+    for start in range(0, LANES, parts):
+        largest = F0
+        for k in range(start, start + parts):
+            largest = max(largest, unit[k])
+        for k in range(start, start + parts):
+            d[k], dmin[k] = f16(largest / np.float32(32)), f16(largest / F2)
+            a[k] = nearest(min(unit[k] / d[k], np.float32(32))) if d[k] > F0 else F0
+            b[k] = a[k]
+            unit[k] = d[k] * a[k]
+            inverse[k] = F1 / unit[k] if unit[k] > F0 else F0
+            base[k] = -(dmin[k] * b[k])
+    affine_error(x, w, unit, inverse, base, high, least)
+    for k in range(LANES):
+        least[k] = least[k] if flag[k] else np.float32(np.inf)
+    return True
+
+
+@njit(**KERNEL)
 def encode_parts(
-    x: Any, w: Any, high: Any, top: Any, parts: Any, widths: Any, wide: Any, near: Any, rounds: Any, s: Any, best: Any
+    x: Any, w: Any, high: Any, top: Any, parts: Any, widths: Any, wide: Any, near: Any, rounds: Any, flag: Any, s: Any, best: Any
 ) -> None:
     """Steps 1 to 4 of one tile. `best` f32 [4, 64] receives d, dmin and the integers of scale and min of each lane."""
     room, scale, minimum, d, dmin, a, b, least, a0, b0, total = (
@@ -178,6 +212,8 @@ def encode_parts(
         a0[:] = a
         b0[:] = b
         search_pairs(x, w, high, top, d, dmin, near, room, a0, b0, a, b, least)
+        keep(parts, False, least, total, d, dmin, a, b, best)
+    if high > 24 and exact_parts(x, w, high, parts, flag, room, d, dmin, a, b, least):
         keep(parts, False, least, total, d, dmin, a, b, best)
 
 

@@ -114,7 +114,10 @@ def q4_k_encode(values: F32, importance: F32 | None = None) -> U8:
 
 
 def q5_k_encode(values: F32, importance: F32 | None = None) -> U8:
-    """f32 [R, C], importance f32 [C] or None → uint8 [R, C/256·176]; |values| to 63 · 65504."""
+    """f32 [R, C], importance f32 [C] or None → uint8 [R, C/256·176]; |values| to 63 · 65504.
+
+    Exact on MXFP4-valued super-blocks whose scales lie within five binades.
+    """
     return _encode_affine(values, importance, Q5_K)
 
 
@@ -134,8 +137,9 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
     s, best = np.empty((22, LANES), np.float32), np.empty((4, LANES), np.float32)
     high, top, limit = np.float32(2**kind.bits - 1), np.float32(kind.top), np.float32(kind.top * F16_MAX)
     bad = _affine(
-        parts, w, high, top, limit, kind.widths, kind.wide, kind.near, x, tile, s, best, best.view(np.uint32), q, out
-    )
+        parts, w, high, top, limit, kind.widths, kind.wide, kind.near,
+        x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
+    )  # fmt: skip
     refuse_size(bad, values, kind.size)
     return out.reshape(values.shape[0], -1)
 
@@ -143,7 +147,7 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
 @njit(**KERNEL)
 def _affine(
     blocks: Any, importance: Any, high: Any, top: Any, limit: Any, widths: Any, wide: Any, near: Any,
-    x: Any, w: Any, s: Any, best: Any, words: Any, q: Any, out: Any,
+    x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
     parts = BLOCK // blocks.shape[1]
     for first in range(0, blocks.shape[0], LANES):
@@ -153,7 +157,7 @@ def _affine(
         bad = first_above(x, limit)
         if bad >= 0:
             return first + bad
-        k_affine.encode_parts(x, w, high, top, parts, widths, wide, near, 1, s, best)
+        k_affine.encode_parts(x, w, high, top, parts, widths, wide, near, 1, flag, s, best)
         for k in range(LANES):
             unit = best[0, k] * best[2, k]
             s[0, k] = np.float32(1) / unit if unit > F0 else F0

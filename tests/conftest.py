@@ -9,48 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import (
-    AWKWARD,
-    SMALL,
-    SQUARE,
-    Model,
-    write_bf16,
-    write_bf16_bug,
-    write_gguf,
-    write_hf,
-    write_metal,
-    write_original,
-    write_per_expert,
-    write_unsloth_linear,
-)
-from support.gguf_files import fuse_qkv
+from support.checkpoints import AWKWARD, SMALL, SQUARE, Model, write_hf
+from support.layouts import written
 from support.tokenizer import small_tokenizer
-
-LAYOUTS: dict[str, Callable[[Model, Path], object]] = {
-    "hf": lambda model, folder: write_hf(model, folder, shard_limit=200_000),
-    "original": lambda model, folder: write_original(model, folder / "original"),
-    "original split": lambda model, folder: write_original(model, folder / "original", shards=3),
-    "metal": lambda model, folder: write_metal(model, folder / "model.bin"),
-    "bf16": lambda model, folder: write_bf16(model, folder, rope="parameters"),
-    "bf16 of transformers 4": lambda model, folder: write_bf16(model, folder, rope="scaling", with_dtype=False),
-    "bf16 misnamed": write_bf16_bug,
-    "linearised": write_unsloth_linear,
-    "per expert": lambda model, folder: write_per_expert(model, folder, meaning="deinterleaved"),
-    "per expert, halves": lambda model, folder: write_per_expert(model, folder, meaning="halves"),
-    "gguf": lambda model, folder: write_gguf(model, folder / "model.gguf"),
-    "gguf, f16 and f32": lambda model, folder: write_gguf(model, folder / "model.gguf", dense="f16", experts="f32"),
-    "gguf split": lambda model, folder: write_gguf(model, folder / "model.gguf", split=17),
-    "gguf, fused qkv": lambda model, folder: fuse_qkv(*write_gguf(model, folder / "unfused.gguf"), folder / "fused.gguf"),
-}
-INSIDE = {"original": "original", "original split": "original", "metal": "model.bin"}
-
-
-def written(model: Model, folder: Path) -> dict[str, Path]:
-    """The model in every layout: name → what to open."""
-    for name, write in LAYOUTS.items():
-        write(model, folder / name)
-    return {name: folder / name / INSIDE.get(name, "") for name in LAYOUTS}
-
 
 @pytest.fixture(scope="session")
 def small_model() -> Model:

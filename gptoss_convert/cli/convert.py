@@ -54,8 +54,8 @@ class Size(click.ParamType[int]):
 @click.option(
     "--widen",
     default="auto",
-    type=click.Choice(["auto", "none"]),
-    help="GGUF: let the model be widened by zeros where the type's blocks of 256 do not divide its rows.",
+    type=click.Choice(["auto", "cut", "none"]),
+    help="GGUF: widen the model by zeros where the type's blocks of 256 do not divide its rows; or cut its experts (lossy).",
 )
 @click.option(
     "--allow-larger", is_flag=True, help="GGUF: write a type that is larger than the source without being better."
