@@ -35,7 +35,8 @@ def decide(source: Source, told: str | None) -> None:
     """Settle the meaning, note it, and replace the views where it is "halves"; Refused where the weights do not tell."""
     if any(layer_name(n, GATE_UP + s) not in source.views for n in range(source.config.layers) for s in ("", "_bias")):
         return  # tensors are missing: reported as such
-    meaning = told or _measured(source)
+    measured = _measured(source)
+    meaning = told or measured
     if meaning is None:
         raise Refused(
             "gate_proj has two known meanings, and these weights do not tell which one it has here",
@@ -50,6 +51,8 @@ def decide(source: Source, told: str | None) -> None:
                 source.views[name] = Halves(view.gate, view.up, view.columns)
     source.gate_meaning = meaning
     how = "as told" if told else "as measured from biases and row norms"
+    if told and measured not in (None, told):
+        how = f"as told, though biases and row norms say {measured}"
     what = {
         "deinterleaved": "gate_proj holds the gate rows, up_proj the up rows",
         "halves": "gate_proj holds the first half of the alternating rows, up_proj the second (the names are wrong)",

@@ -44,9 +44,9 @@ SAME = 1e-4
 # Below this, two orders of summing the same float32 products: written as 0, so that no machine's order enters a certificate.
 SUMMATION_NOISE = 2e-6
 # How far an output may be off when the weights are: a few times their own relative error (both layers of the expert, the
-# activation's slope), but never half of it: a permuted matrix gives 1.4.
+# activation's slope), but never near the output itself: a permuted matrix gives 1.4, half of one 1.0.
 OUTPUT_OVER_WEIGHTS = 6.0
-NEVER_ABOVE = 0.5
+NEVER_ABOVE = 0.85
 # A weight codec that loses more than this loses the model: a fault, not a rounding.
 WEIGHTS_AT_MOST = 0.45
 

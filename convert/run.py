@@ -21,11 +21,13 @@ import numpy as np
 from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.views import View
+from gptoss_convert.convert.widen import Wide
 from gptoss_convert.errors import BadInput, GptOssError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
-from gptoss_convert.kernels.floats import transpose
+from gptoss_convert.kernels.floats import F32, transpose
 from gptoss_convert.quant.encode import encode, encode_packed
 
 READ_BYTES = 8 << 20
@@ -165,11 +167,12 @@ def do_step(step: Step, plan: Plan, output: Output) -> str:
     """Read, check, encode and write one step; returns the digest of the bytes written."""
     chunk = plan.source.views[step.tensor].read(step.expert, step.start, step.stop)
     require_finite(chunk, plan.source, step)
+    importance = column_importance(plan.source.views[step.tensor])
     hasher = blake3.blake3()
     if any(piece.codec in (BLOCKS, SCALES) for piece in step.pieces):
         chunk = encode_packed(chunk)
     for piece in step.pieces:
-        data = piece_bytes(chunk, piece, step)
+        data = piece_bytes(chunk, piece, step, importance)
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         assert len(view) == piece.nbytes
         output.write(plan.files[piece.file].name, piece.offset, view)
@@ -191,7 +194,14 @@ def require_finite(chunk: Chunk, source: Source, step: Step) -> None:
         )
 
 
-def piece_bytes(chunk: Chunk, piece: Piece, step: Step) -> np.ndarray[Any, Any]:
+def column_importance(view: View) -> F32 | None:
+    """f32 [C]: nothing for the columns that widening added, which only ever meet zeros; None where all count alike."""
+    if not isinstance(view, Wide) or view.true_columns == view.stack[2]:
+        return None
+    return (np.arange(view.stack[2]) < view.true_columns).astype(np.float32)
+
+
+def piece_bytes(chunk: Chunk, piece: Piece, step: Step, importance: F32 | None = None) -> np.ndarray[Any, Any]:
     """The bytes that a chunk becomes in one output tensor."""
     if piece.part and not piece.columns:
         chunk = chunk.select(slice(0 if piece.part == "gate" else 1, None, 2))
@@ -203,7 +213,7 @@ def piece_bytes(chunk: Chunk, piece: Piece, step: Step) -> np.ndarray[Any, Any]:
     if piece.columns:
         values = chunk.values()[:, 0 if piece.part == "gate" else 1 :: 2]
         return np.ascontiguousarray(encode_float(np.ascontiguousarray(values), piece.codec))
-    return np.ascontiguousarray(encode(chunk, piece.codec, step.tensor, step.start))
+    return np.ascontiguousarray(encode(chunk, piece.codec, step.tensor, step.start, importance))
 
 
 def _transposed(chunk: Chunk, codec: str, step: Step) -> np.ndarray[Any, Any]:

@@ -234,10 +234,9 @@ def _add(source: Source, name: str, view: View, *names: str) -> None:
 def _add_packed(source: Source, name: str, tensors: Tensors, blocks_name: str, scales_name: str) -> None:
     blocks, scales = tensors.get(blocks_name), tensors.get(scales_name)
     if blocks is None or scales is None:
-        source.names[name] = tuple(there for there in (blocks_name, scales_name) if there in tensors)
-        source.problems.extend(
-            Problem("a tensor is missing", there) for there in (blocks_name, scales_name) if there not in tensors
-        )
+        if blocks or scales:  # where both are missing, the matrix is
+            source.names[name] = (blocks_name if blocks else scales_name,)
+            source.problems.append(Problem("a tensor is missing", scales_name if blocks else blocks_name))
         return
     shape, groups = blocks.entry.shape, scales.entry.shape
     fits = len(shape) == 4 and shape[3] == 16 and shape[:3] == groups

@@ -31,6 +31,8 @@ REMEDY = "the file is truncated, damaged or made by a faulty tool; download it a
 
 # ggml type id -> its name, elements per block, bytes per block
 _TYPES: dict[int, tuple[str, int, int]] = {int(t): (t.name, *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
+# Newer than the gguf package's latest release, and run by llama.cpp since October 2026.
+_TYPES.setdefault(42, ("Q2_0", 64, 2 + 16))
 
 
 class ValueType(IntEnum):

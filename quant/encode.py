@@ -1,13 +1,13 @@
 """A chunk → the bytes of a row codec, exactly where it can be done exactly, by a named rule where it is rounded.
 
-    from \\ to       mxfp4             q8_0                   q5_0                  bf16, f16, f32
-    the same        the bits          the bits               the bits              the bits
-    mxfp4           bits moved        transcoded, exact      transcoded, exact     decoded, rounded to nearest
-    floats, q…      mxfp4.encode      exact where the row    exact or refused      rounded to nearest even
-                                      is MXFP4-valued, else
-                                      ggml's rounding
+    from \\ to       mxfp4             q8_0, q5_0               bf16, f16, f32               every other codec
+    the same        the bits          the bits                 the bits                     the bits
+    mxfp4           bits moved        transcoded, exact        decoded, rounded to even     its encoder
+    floats, q…      its encoder       its encoder, which is    rounded to even              its encoder
+                                      exact on MXFP4 values
 
-No case falls back to another codec: what cannot be done is Refused with the tensor and the place.
+An encoder takes the importance of the columns: padding of a widened model has none, so it cannot cost the model's own values
+any precision. No case falls back to another codec: what cannot be done is Refused with the tensor and the place.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ def fate(source: str, target: str) -> str:
     return "widened exactly" if (source, target) in widening else f"rounded to {target}"
 
 
-def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0) -> U8:
-    """A chunk of R rows → uint8 [R, row bytes] of the codec. `tensor` and `first_row` name the place in errors."""
+def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0, importance: F32 | None = None) -> U8:
+    """A chunk of R rows → uint8 [R, row bytes] of the codec. `tensor` and `first_row` name the place in errors.
+
+    importance: f32 [C], how much an error in each column matters; None: all alike.
+    """
     if isinstance(chunk, Rows) and chunk.encoding == codec:
         return chunk.data
     if not CODECS[codec].fits(chunk.shape[1]):
@@ -50,7 +53,7 @@ def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0) -> U8:
             return mxfp4.to_ggml(chunk.blocks, chunk.scales)
         if codec in ("q8_0", "q5_0"):
             return _transcode(chunk, codec, tensor, first_row)
-    return _by_rows(chunk, lambda values, row: _encode_values(values, codec, tensor, first_row + row))
+    return _by_rows(chunk, lambda values, row: _encode_values(values, codec, tensor, first_row + row, importance))
 
 
 def encode_packed(chunk: Chunk) -> Mxfp4:
@@ -90,50 +93,28 @@ def _transcode(chunk: Mxfp4, codec: str, tensor: str, first_row: int) -> U8:
     return data
 
 
-def _encode_values(values: F32, codec: str, tensor: str, row: int) -> U8:
+def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F32 | None) -> U8:
     if codec in FLOATS:
-        data = encode_float(values, codec)
-        at = first_nonfinite(data.view(np.uint32 if codec == "f32" else np.uint16), codec)
-        if at >= 0:
-            r, c = divmod(at, values.shape[1])
-            raise Refused(
-                f"a value is too large for {codec}", tensor=tensor,
-                found=f"{values[r, c]:g} at row {row + r}, column {c}", remedy="choose bf16 or f32",
-            )  # fmt: skip
-        return data
-    if codec == "mxfp4":
-        return mxfp4.to_ggml(*mxfp4.encode(values))
-    if codec == "q8_0":
-        return _q8_0(values, tensor, row)
-    return _q5_0(values, tensor, row)
+        return _round_float(values, codec, tensor, row)
+    encoder = CODECS[codec].encode
+    if encoder is None:
+        raise Refused("a codec that is only read", tensor=tensor, found=codec)
+    try:
+        return encoder(values, importance)
+    except ValueError as error:
+        raise Refused(
+            f"a value is too large for {codec}, whose scales are float16", tensor=tensor,
+            found=f"{error}, counted from row {row}", remedy="choose mxfp4, bf16 or f32 for this tensor",
+        ) from error  # fmt: skip
 
 
-def _q8_0(values: F32, tensor: str, row: int) -> U8:
-    """Rows that hold MXFP4 values only are transcoded exactly; the others rounded by ggml's rule."""
-    data = q_blocks.q8_0_encode(values)
-    at = first_nonfinite(np.ascontiguousarray(data.reshape(len(data), -1, 34)[:, :, :2]).view(np.uint16), "f16")
+def _round_float(values: F32, codec: str, tensor: str, row: int) -> U8:
+    data = encode_float(values, codec)
+    at = first_nonfinite(data.view(np.uint32 if codec == "f32" else np.uint16), codec)
     if at >= 0:
-        r, group = divmod(at, values.shape[1] // 32)
+        r, c = divmod(at, values.shape[1])
         raise Refused(
-            "a value is too large for q8_0, whose scales are float16", tensor=tensor,
-            found=f"a block at row {row + r}, column {32 * group}", remedy="choose bf16 or f32",
+            f"a value is too large for {codec}", tensor=tensor,
+            found=f"{values[r, c]:g} at row {row + r}, column {c}", remedy="choose bf16 or f32",
         )  # fmt: skip
-    blocks, scales = mxfp4.encode(values)
-    exact = np.flatnonzero((mxfp4.decode(blocks, scales) == values).all(axis=1))
-    for index in exact:
-        transcoded, bad = q_blocks.q8_0_from_mxfp4(blocks[index : index + 1], scales[index : index + 1])
-        if bad < 0:
-            data[index] = transcoded[0]
     return data
-
-
-def _q5_0(values: F32, tensor: str, row: int) -> U8:
-    blocks, scales = mxfp4.encode(values)
-    off = np.argwhere(mxfp4.decode(blocks, scales) != values)
-    if len(off):
-        raise Refused(
-            "q5_0 is written only where it is exact, and these values are not MXFP4's", tensor=tensor,
-            found=f"{values[tuple(off[0])]:g} at row {row + off[0][0]}, column {off[0][1]}",
-            remedy="choose q8_0, mxfp4 or bf16 for these experts",
-        )  # fmt: skip
-    return _transcode(Mxfp4(blocks, scales), "q5_0", tensor, row)

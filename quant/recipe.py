@@ -180,12 +180,11 @@ def read_recipe(text: str, where: object) -> Recipe:
     rules = table.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise BadInput("the recipe's rules are not tables", file=where, expected="[[rule]] tables")
-    recipe = Recipe(
+    return Recipe(
         str(table.get("name", "recipe")),
         {part: _codec(table[part], part, where) for part in PARTS},
         tuple(_rule(rule, where) for rule in rules),
     )
-    return recipe
 
 
 def _rule(table: Mapping[str, Any], where: object) -> Rule:
