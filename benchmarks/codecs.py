@@ -5,7 +5,7 @@
 Data, rows of 2880 values (3072 for blocks of 256): Gaussian with a spread over rows, Student's t with 3.5 degrees of
 freedom, Gaussian with one value of every 32 twelve times larger, and MXFP4-valued (the Gaussian rounded). Each is encoded
 without importance and with a log-normal one per column. Errors are relative RMS, √(Σ w (x − y)² / Σ w x²), w the
-importance or 1, of what ggml's decoder reads from the bytes of either side. Speeds are of one thread: rounds alternate
+importance or 1, of what ggml's decoder reads from the bytes of either side. Speeds are of one thread, by its processor time (other load matters less): rounds alternate
 between the two sides and the fastest of each counts; Mw/s is million weights a second. `ratio` is ours over ggml's: of an
 error below 1, of a speed above 1 is better. Some of ggml's encoders ignore importance (q8_0, mxfp4, nvfp4, q2_0).
 
@@ -104,9 +104,9 @@ def fastest(sides: tuple[Callable[[], object], ...], seconds: float) -> list[flo
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 3 or time.perf_counter() < end:
         for number, side in enumerate(sides):
-            start = time.perf_counter()
+            start = time.thread_time()
             side()
-            best[number] = min(best[number], time.perf_counter() - start)
+            best[number] = min(best[number], time.thread_time() - start)
         rounds += 1
     return best
 

@@ -149,7 +149,14 @@ def _check_gguf_name(target: Path, options: Options) -> None:
 
 
 def _refuse_codecs(options: Options) -> None:
-    for what, asked in (("--experts", options.experts), ("--dense", options.dense), ("--name", options.name)):
+    for what, asked in (
+        ("--experts", options.experts),
+        ("--dense", options.dense),
+        ("--type", options.type),
+        ("--recipe", options.recipe),
+        ("--widen", options.widen),
+        ("--name", options.name),
+    ):
         if asked not in ("auto", None):
             raise UsageError(f"{what} is for --to gguf", found=f"--to {options.to}", remedy=f"leave {what} out")
 

@@ -27,7 +27,7 @@ def front_matter(card: bytes) -> dict[str, Any]:
         return {}  # anchors and aliases have no place in a card and can be nested into something enormous
     try:
         table = yaml.safe_load(matter)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadInput("the model card's front matter is not YAML", file="README.md", found=str(error)[:200]) from error
     return table if isinstance(table, dict) else {}
 
@@ -45,31 +45,40 @@ def card_metadata(
     try:
         metadata = gguf.Metadata.apply_metadata_heuristic(metadata, table, None, None, config.parameters)
         if identity:
-            title, organization, basename, finetune, version, size = gguf.Metadata.get_model_id_components(
-                identity, config.parameters
-            )
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
+            _identify(metadata, identity, config.parameters)
+        metadata.name = metadata.name or "gpt-oss"
+        if metadata.size_label is None:
+            metadata.size_label = gguf.size_label(config.parameters, shared, per_expert, experts)
+        writer = gguf.GGUFWriter(path=None, arch="gpt-oss")
+        metadata.set_gguf_meta_model(writer)
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         raise BadInput("the model card's front matter is malformed", file="README.md", found=error) from error
-    if identity:
-        metadata.name = gguf.Metadata.id_to_title(title) if title else identity
-        metadata.organization = metadata.organization or organization
-        metadata.basename = metadata.basename or basename
-        metadata.finetune = metadata.finetune or finetune
-        metadata.version = metadata.version or version
-        metadata.size_label = metadata.size_label or size
-    metadata.name = metadata.name or "gpt-oss"
-    if metadata.size_label is None:
-        metadata.size_label = gguf.size_label(config.parameters, shared, per_expert, experts)
-    writer = gguf.GGUFWriter(path=None, arch="gpt-oss")
-    metadata.set_gguf_meta_model(writer)
     return [(key, _value(key, kept)) for key, kept in writer.kv_data[0].items() if key != "general.architecture"]
 
 
+def _identify(metadata: Any, identity: str, parameters: int) -> None:
+    """What a name such as org/base-tune-20B-v1 tells, where the card does not."""
+    import gguf
+
+    title, organization, basename, finetune, version, size = gguf.Metadata.get_model_id_components(identity, parameters)
+    metadata.name = gguf.Metadata.id_to_title(title) if title else identity
+    metadata.organization = metadata.organization or organization
+    metadata.basename = metadata.basename or basename
+    metadata.finetune = metadata.finetune or finetune
+    metadata.version = metadata.version or version
+    metadata.size_label = metadata.size_label or size
+
+
 def _value(key: str, kept: Any) -> Value:
-    if isinstance(kept.value, str):
+    if _is_text(kept.value):
         return string(kept.value)
-    if isinstance(kept.value, int) and not isinstance(kept.value, bool):
+    if isinstance(kept.value, int) and not isinstance(kept.value, bool) and 0 <= kept.value < 1 << 32:
         return u32(kept.value)
-    if isinstance(kept.value, list) and all(isinstance(item, str) for item in kept.value):
+    if isinstance(kept.value, list) and all(map(_is_text, kept.value)):
         return array(ValueType.STRING, kept.value)
     raise BadInput("the model card's front matter has a value of an unexpected kind", file="README.md", found=key)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is valid Unicode; YAML's escapes can smuggle in half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)

@@ -131,6 +131,7 @@ class Plan:
         hasher = blake3.blake3()
         for part in (
             {"target": self.target, "options": self.options, "version": __version__},
+            {"layout": self.source.layout, "gate_proj": self.source.gate_meaning},
             [[f.name, f.size, blake3.blake3(f.head).hexdigest()] for f in self.files],
             {name: blake3.blake3(data).hexdigest() for name, data in self.small.items()},
             [[f.name, *asdict(f.identity).values()] for f in self.source.files],

@@ -36,6 +36,7 @@ from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4
 from gptoss_convert.kernels.codecs import encode_float
 from gptoss_convert.kernels.experts import differences, probes
+from gptoss_convert.quant.encode import fate
 
 BYTE_EQUAL, VALUE_EQUAL, DIFFERENT = "byte-equal", "value-equal", "different"
 PROBES = 2
@@ -258,8 +259,8 @@ def _tensor_proof(name: str, shape: Shape, leaves: list[_Leaf], source: Source, 
 
 def _require_close_weights(proof: Proof, lossy: bool) -> None:
     for tensor in proof.tensors:
-        lossy_codecs = lossy or tensor.source_encoding != tensor.artifact_encoding
-        if tensor.verdict == DIFFERENT and (not lossy_codecs or tensor.rms_error > WEIGHTS_AT_MOST):
+        lossy_codecs = lossy or fate(tensor.source_encoding, tensor.artifact_encoding).startswith("rounded")
+        if tensor.verdict == DIFFERENT and (not lossy_codecs or not tensor.rms_error <= WEIGHTS_AT_MOST):  # or NaN
             raise ProofFailed(
                 "a tensor of the artifact does not hold the source's values",
                 tensor=tensor.name,

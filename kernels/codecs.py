@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_convert.kernels import k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
+from gptoss_convert.kernels import iq2, iq3, iq4, k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
 from gptoss_convert.kernels.floats import F32, U8, bf16_to_f32, f32_to_bf16
 
 
@@ -79,6 +79,13 @@ CODECS: dict[str, Codec] = {
         Codec("q4_k", 12, 256, (2, 2, 12, 128), k_blocks.q4_k_decode, k_blocks.q4_k_encode),
         Codec("q5_k", 13, 256, (2, 2, 12, 32, 128), k_blocks.q5_k_decode, k_blocks.q5_k_encode),
         Codec("q6_k", 14, 256, (128, 64, 16, 2), k_blocks.q6_k_decode, k_blocks.q6_k_encode),
+        Codec("iq2_xxs", 16, 256, iq2.XXS_FIELDS, iq2.iq2_xxs_decode, iq2.iq2_xxs_encode),
+        Codec("iq2_xs", 17, 256, iq2.XS_FIELDS, iq2.iq2_xs_decode, iq2.iq2_xs_encode),
+        Codec("iq3_xxs", 18, 256, iq3.XXS_FIELDS, iq3.iq3_xxs_decode, iq3.iq3_xxs_encode),
+        Codec("iq4_nl", 20, 32, iq4.NL_FIELDS, iq4.iq4_nl_decode, iq4.iq4_nl_encode),
+        Codec("iq3_s", 21, 256, iq3.S_FIELDS, iq3.iq3_s_decode, iq3.iq3_s_encode),
+        Codec("iq2_s", 22, 256, iq2.S_FIELDS, iq2.iq2_s_decode, iq2.iq2_s_encode),
+        Codec("iq4_xs", 23, 256, iq4.XS_FIELDS, iq4.iq4_xs_decode, iq4.iq4_xs_encode),
         Codec("bf16", 30, 1, (2,), _decode_bf16),
         Codec("mxfp4", 39, 32, (1, 16), _decode_mxfp4, _encode_mxfp4),
         Codec("nvfp4", 40, 64, (4, 32), nvfp4.nvfp4_decode, nvfp4.nvfp4_encode),

@@ -14,8 +14,9 @@ from __future__ import annotations
 import numpy as np
 
 from gptoss_convert.kernels import lattice
+from gptoss_convert.kernels import lattice_bits as bits
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.lattice import EVEN_SIGNS, Packed
+from gptoss_convert.kernels.lattice_bits import EVEN_SIGNS, Packed
 from gptoss_convert.kernels.lattice_fit import fit
 
 XXS_FIELDS = (2, 64)  # d, numbers with signs and scales
@@ -27,43 +28,43 @@ _UPPER = np.array([0, 2, 4, 6], np.uint8)
 
 def iq2_xxs_decode(rows: U8) -> F32:
     """uint8 [R, B·66] → f32 [R, B·256]; bit-equal to ggml's dequantize_row_iq2_xxs."""
-    d, blocks = lattice.heads(rows, sum(XXS_FIELDS))
+    d, blocks = bits.heads(rows, sum(XXS_FIELDS))
     pairs = blocks[:, :, 2:].reshape(*d.shape, 8, 8)
-    scales, signs = lattice.from_sign_words(pairs[..., 4:])
+    scales, signs = bits.from_sign_words(pairs[..., 4:])
     ids = pairs[..., :4].reshape(*d.shape, 32).astype(np.uint16)
-    return lattice.expand(Packed(d, scales, ids, signs), lattice.points("iq2_xxs"), _STEP)
+    return bits.expand(Packed(d, scales, ids, signs), lattice.points("iq2_xxs"), _STEP)
 
 
 def iq2_xxs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·66]; ValueError as `fit` says."""
     packed = fit(values, importance, lattice.grid("iq2_xxs"), 32, True, _STEP)
     ids = packed.ids.astype(np.uint8).reshape(*packed.d.shape, 8, 4)
-    pairs = np.concatenate([ids, lattice.sign_words(packed.scales, packed.signs)], axis=3)
-    return lattice.join(packed.d, pairs.reshape(*packed.d.shape, 64))
+    pairs = np.concatenate([ids, bits.sign_words(packed.scales, packed.signs)], axis=3)
+    return bits.join(packed.d, pairs.reshape(*packed.d.shape, 64))
 
 
 def iq2_xs_decode(rows: U8) -> F32:
     """uint8 [R, B·74] → f32 [R, B·256]; bit-equal to ggml's dequantize_row_iq2_xs."""
-    d, blocks = lattice.heads(rows, sum(XS_FIELDS))
+    d, blocks = bits.heads(rows, sum(XS_FIELDS))
     words = np.ascontiguousarray(blocks[:, :, 2:66]).view("<u2")
-    packed = Packed(d, lattice.from_nibbles(blocks[:, :, 66:]), words & np.uint16(511), EVEN_SIGNS[words >> 9])
-    return lattice.expand(packed, lattice.points("iq2_xs"), _STEP)
+    packed = Packed(d, bits.from_nibbles(blocks[:, :, 66:]), words & np.uint16(511), EVEN_SIGNS[words >> 9])
+    return bits.expand(packed, lattice.points("iq2_xs"), _STEP)
 
 
 def iq2_xs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·74]; ValueError as `fit` says."""
     packed = fit(values, importance, lattice.grid("iq2_xs"), 16, True, _STEP)
     words = packed.ids | (packed.signs & 127).astype(np.uint16) << 9
-    return lattice.join(packed.d, words.astype("<u2").view(np.uint8), lattice.nibbles(packed.scales))
+    return bits.join(packed.d, words.astype("<u2").view(np.uint8), bits.nibbles(packed.scales))
 
 
 def iq2_s_decode(rows: U8) -> F32:
     """uint8 [R, B·82] → f32 [R, B·256]; bit-equal to ggml's dequantize_row_iq2_s."""
-    d, blocks = lattice.heads(rows, sum(S_FIELDS))
+    d, blocks = bits.heads(rows, sum(S_FIELDS))
     upper = (blocks[:, :, 66:74, None] >> _UPPER & 3).reshape(*d.shape, 32).astype(np.uint16)
-    ids = blocks[:, :, 2:34] | upper << 8
-    packed = Packed(d, lattice.from_nibbles(blocks[:, :, 74:]), ids, np.ascontiguousarray(blocks[:, :, 34:66]))
-    return lattice.expand(packed, lattice.points("iq2_s"), _STEP)
+    ids = (blocks[:, :, 2:34] | upper << 8).astype(np.uint16)
+    packed = Packed(d, bits.from_nibbles(blocks[:, :, 74:]), ids, np.ascontiguousarray(blocks[:, :, 34:66]))
+    return bits.expand(packed, lattice.points("iq2_s"), _STEP)
 
 
 def iq2_s_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -71,4 +72,4 @@ def iq2_s_encode(values: F32, importance: F32 | None = None) -> U8:
     packed = fit(values, importance, lattice.grid("iq2_s"), 16, False, _STEP)
     parts = (packed.ids >> 8).astype(np.uint8).reshape(*packed.d.shape, 8, 4) << _UPPER
     upper = np.bitwise_or.reduce(parts, axis=3)
-    return lattice.join(packed.d, packed.ids.astype(np.uint8), packed.signs, upper, lattice.nibbles(packed.scales))
+    return bits.join(packed.d, packed.ids.astype(np.uint8), packed.signs, upper, bits.nibbles(packed.scales))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from gptoss_convert.kernels import lattice
+from gptoss_convert.kernels import lattice_bits as bits
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.lattice import Packed
+from gptoss_convert.kernels.lattice_bits import Packed
 from gptoss_convert.kernels.lattice_fit import fit
 
 XXS_FIELDS = (2, 64, 32)  # d, numbers, signs and scales
@@ -25,26 +26,26 @@ _XXS_STEP, _S_STEP = 0.25, 1.0
 
 def iq3_xxs_decode(rows: U8) -> F32:
     """uint8 [R, B·98] → f32 [R, B·256]; bit-equal to ggml's dequantize_row_iq3_xxs."""
-    d, blocks = lattice.heads(rows, sum(XXS_FIELDS))
-    scales, signs = lattice.from_sign_words(blocks[:, :, 66:].reshape(*d.shape, 8, 4))
+    d, blocks = bits.heads(rows, sum(XXS_FIELDS))
+    scales, signs = bits.from_sign_words(blocks[:, :, 66:].reshape(*d.shape, 8, 4))
     packed = Packed(d, scales, blocks[:, :, 2:66].astype(np.uint16), signs)
-    return lattice.expand(packed, lattice.points("iq3_xxs"), _XXS_STEP)
+    return bits.expand(packed, lattice.points("iq3_xxs"), _XXS_STEP)
 
 
 def iq3_xxs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·98]; ValueError as `fit` says."""
     packed = fit(values, importance, lattice.grid("iq3_xxs"), _PART, True, _XXS_STEP)
-    words = lattice.sign_words(packed.scales, packed.signs).reshape(*packed.d.shape, 32)
-    return lattice.join(packed.d, packed.ids.astype(np.uint8), words)
+    words = bits.sign_words(packed.scales, packed.signs).reshape(*packed.d.shape, 32)
+    return bits.join(packed.d, packed.ids.astype(np.uint8), words)
 
 
 def iq3_s_decode(rows: U8) -> F32:
     """uint8 [R, B·110] → f32 [R, B·256]; bit-equal to ggml's dequantize_row_iq3_s."""
-    d, blocks = lattice.heads(rows, sum(S_FIELDS))
+    d, blocks = bits.heads(rows, sum(S_FIELDS))
     ninth = np.unpackbits(blocks[:, :, 66:74], axis=2, bitorder="little").astype(np.uint16)
-    ids = blocks[:, :, 2:66] | ninth << 8
-    packed = Packed(d, lattice.from_nibbles(blocks[:, :, 106:]), ids, np.ascontiguousarray(blocks[:, :, 74:106]))
-    return lattice.expand(packed, lattice.points("iq3_s"), _S_STEP)
+    ids = (blocks[:, :, 2:66] | ninth << 8).astype(np.uint16)
+    packed = Packed(d, bits.from_nibbles(blocks[:, :, 106:]), ids, np.ascontiguousarray(blocks[:, :, 74:106]))
+    return bits.expand(packed, lattice.points("iq3_s"), _S_STEP)
 
 
 def iq3_s_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -52,4 +53,4 @@ def iq3_s_encode(values: F32, importance: F32 | None = None) -> U8:
     packed = fit(values, importance, lattice.grid("iq3_s"), _PART, False, _S_STEP)
     ninth = np.packbits((packed.ids >> 8).astype(np.uint8), axis=2, bitorder="little")
     lower = packed.ids.astype(np.uint8)
-    return lattice.join(packed.d, lower, ninth, packed.signs, lattice.nibbles(packed.scales))
+    return bits.join(packed.d, lower, ninth, packed.signs, bits.nibbles(packed.scales))

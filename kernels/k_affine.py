@@ -20,7 +20,24 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, affine_error, affine_sums, bounds, coarse, f16, moments, nearest, sizes
+from gptoss_convert.kernels.lanes import (
+    F0,
+    KERNEL,
+    LANES,
+    TINY,
+    affine_error,
+    affine_sums,
+    bounds,
+    coarse,
+    f16,
+    invert,
+    lower,
+    means,
+    moments,
+    nearest,
+    sizes,
+    take,
+)
 
 F1 = np.float32(1)
 F2 = np.float32(2)
@@ -29,32 +46,61 @@ _EIGHTH, _TWELFTH = np.float32(1 / 8), np.float32(1 / 12)
 
 
 @njit(**KERNEL)
-def fit_parts(x: Any, w: Any, high: Any, widths: Any, s: Any, scale: Any, minimum: Any) -> None:
-    """Step 1: real-valued scale ≥ 0 and minimum ≥ 0 (what is subtracted) of each lane. `s`: f32 [12, 64] of room."""
-    base, span, inverse, q1, qx, qq, least, sw, sv, svv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]
-    bounds(x, base, span)
+def fit_parts(x: Any, w: Any, high: Any, spreads: Any, s: Any, scale: Any, minimum: Any) -> None:
+    """Step 1: real-valued scale ≥ 0 and minimum ≥ 0 (what is subtracted) of each lane.
+
+    `spreads` f32 [M, 2]: the range takes (high + the first) steps, and the least value gets minus the second as its code.
+    `s`: f32 [14, 64] of room.
+    """
+    low, span, inverse, q1, qx, qq, least, sw, sv, svv, base, a, b, error = (
+        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13],
+    )  # fmt: skip
+    bounds(x, low, span)
     for k in range(LANES):
-        base[k] = min(base[k], F0)
-        span[k] = max(span[k] - base[k], F0)
-    moments(x, w, base, sw, sv, svv)
-    for i in range(widths.size):
-        width = high + widths[i]
+        low[k] = min(low[k], F0)
+    for k in range(LANES):
+        span[k] = max(span[k] - low[k], F0)
+    moments(x, w, low, sw, sv, svv)
+    least[:] = np.float32(np.inf)
+    for i in range(spreads.shape[0]):
+        width, shift = high + spreads[i, 0], spreads[i, 1]
         for k in range(LANES):
             inverse[k] = width / span[k] if span[k] > TINY else F0
-        affine_sums(x, w, inverse, base, high, q1, qx, qq)
         for k in range(LANES):
-            det = sw[k] * qq[k] - q1[k] * q1[k]
-            good = det > F0
-            a = (sw[k] * qx[k] - sv[k] * q1[k]) / det if good else span[k] / high
-            b = (qq[k] * sv[k] - q1[k] * qx[k]) / det if good else F0
-            if base[k] + b > F0:  # the minimum may not be negative: the line through the origin
-                b = -base[k]
-                a = (qx[k] + base[k] * q1[k]) / qq[k] if qq[k] > F0 else F0
-            error = svv[k] + a * (a * qq[k] - F2 * qx[k]) + b * (b * sw[k] - F2 * sv[k] + F2 * a * q1[k])
-            better = (i == 0) or ((error < least[k]) and good)
-            least[k] = error if better else least[k]
-            scale[k] = max(a, F0) if better else scale[k]
-            minimum[k] = -(base[k] + b) if better else minimum[k]
+            base[k] = low[k] + shift * (span[k] / width)
+        affine_sums(x, w, inverse, base, high, q1, qx, qq)
+        _line(low, base, sw, sv, q1, qx, qq, a, b)
+        _losses(a, b, sw, sv, svv, q1, qx, qq, error)
+        take(error, least, a, scale)
+        take(error, least, b, minimum)
+        lower(error, least)
+    for k in range(LANES):
+        scale[k] = max(scale[k], F0)
+    for k in range(LANES):
+        minimum[k] = max(-(low[k] + minimum[k]), F0)
+
+
+@njit(**KERNEL)
+def _line(low: Any, base: Any, sw: Any, sv: Any, q1: Any, qx: Any, qq: Any, a: Any, b: Any) -> None:
+    """Least squares x − low ≈ a q + b from the sums over x − base for q and over x − low for 1; low + b ≤ 0.
+
+    `qx` is turned into the sum over x − low. Where the q are all equal, a is NaN or infinite and so is the loss.
+    """
+    for k in range(LANES):
+        qx[k] += (base[k] - low[k]) * q1[k]
+    for k in range(LANES):
+        b[k] = min((qq[k] * sv[k] - q1[k] * qx[k]) / (sw[k] * qq[k] - q1[k] * q1[k]), -low[k])
+    for k in range(LANES):
+        a[k] = (qx[k] - b[k] * q1[k]) / qq[k]
+
+
+@njit(**KERNEL)
+def _losses(a: Any, b: Any, sw: Any, sv: Any, svv: Any, q1: Any, qx: Any, qq: Any, error: Any) -> None:
+    """Σ w (x − low − a q − b)² of each lane."""
+    for k in range(LANES):
+        error[k] = svv[k] + a[k] * (a[k] * qq[k] - F2 * qx[k])
+    for k in range(LANES):
+        error[k] += b[k] * (b[k] * sw[k] - F2 * sv[k] + F2 * a[k] * q1[k])
 
 
 @njit(**KERNEL)
@@ -69,24 +115,32 @@ def first_scales(scale: Any, minimum: Any, parts: Any, top: Any, d: Any, dmin: A
 
 
 @njit(**KERNEL)
+def _scales(step: Any, top: Any, d: Any, a0: Any, trial: Any, unit: Any, inverse: Any) -> None:
+    for k in range(LANES):
+        trial[k] = min(max(a0[k] + step, F0), top)
+    for k in range(LANES):
+        unit[k] = d[k] * trial[k]
+    invert(unit, inverse)
+
+
+@njit(**KERNEL)
 def search_pairs(
     x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, moves: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
 ) -> None:
     """Step 3: the best integers (a, b) of each lane among (a0, b0) moved by `moves` f32 [M, 2], and their loss."""
     ta, tb, unit, inverse, base, error = s[0], s[1], s[2], s[3], s[4], s[5]
+    least[:] = np.float32(np.inf)
     for i in range(moves.shape[0]):
+        step = moves[i, 1]
+        _scales(moves[i, 0], top, d, a0, ta, unit, inverse)
         for k in range(LANES):
-            ta[k] = min(max(a0[k] + moves[i, 0], F0), top)
-            tb[k] = min(max(b0[k] + moves[i, 1], F0), top)
-            unit[k] = d[k] * ta[k]
-            inverse[k] = F1 / unit[k] if unit[k] > F0 else F0
+            tb[k] = min(max(b0[k] + step, F0), top)
+        for k in range(LANES):
             base[k] = -(dmin[k] * tb[k])
         affine_error(x, w, unit, inverse, base, high, error)
-        for k in range(LANES):
-            better = i == 0 or error[k] < least[k]
-            least[k] = error[k] if better else least[k]
-            a[k] = ta[k] if better else a[k]
-            b[k] = tb[k] if better else b[k]
+        take(error, least, ta, a)
+        take(error, least, tb, b)
+        lower(error, least)
 
 
 @njit(**KERNEL)
@@ -94,28 +148,25 @@ def scan_scales(
     x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, steps: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
 ) -> None:
     """Step 3, first half: for each scale a0 + step, the minimum refitted by least squares; the best pair and its loss."""
-    ta, tb, unit, inverse, base, error, q1, qx, qq, sw, sv = (
-        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10],
-    )  # fmt: skip
+    ta, tb, unit, inverse, base, error, q1, start, sw, sv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]
     error[:] = F0
-    moments(x, w, error, sw, sv, qq)
+    means(x, w, error, sw, sv)
+    least[:] = np.float32(np.inf)
+    for k in range(LANES):
+        start[k] = -(dmin[k] * b0[k])
     for i in range(steps.size):
+        _scales(steps[i], top, d, a0, ta, unit, inverse)
+        affine_q1(x, w, inverse, start, high, q1)
         for k in range(LANES):
-            ta[k] = min(max(a0[k] + steps[i], F0), top)
-            unit[k] = d[k] * ta[k]
-            inverse[k] = F1 / unit[k] if unit[k] > F0 else F0
-            base[k] = -(dmin[k] * b0[k])
-        affine_q1(x, w, inverse, base, high, q1)
+            tb[k] = (unit[k] * q1[k] - sv[k]) / sw[k] if sw[k] > F0 else F0
         for k in range(LANES):
-            mean = (unit[k] * q1[k] - sv[k]) / sw[k] if sw[k] > F0 else F0
-            tb[k] = nearest(min(max(mean / dmin[k], F0), top)) if dmin[k] > F0 else F0
+            tb[k] = nearest(min(max(tb[k] / dmin[k], F0), top)) if dmin[k] > F0 else F0
+        for k in range(LANES):
             base[k] = -(dmin[k] * tb[k])
         affine_error(x, w, unit, inverse, base, high, error)
-        for k in range(LANES):
-            better = i == 0 or error[k] < least[k]
-            least[k] = error[k] if better else least[k]
-            a[k] = ta[k] if better else a[k]
-            b[k] = tb[k] if better else b[k]
+        take(error, least, ta, a)
+        take(error, least, tb, b)
+        lower(error, least)
 
 
 @njit(**KERNEL)
@@ -131,13 +182,14 @@ def affine_q1(x: Any, w: Any, inverse: Any, base: Any, high: Any, q1: Any) -> No
 @njit(**KERNEL)
 def refit(x: Any, w: Any, high: Any, parts: Any, a: Any, b: Any, s: Any, d: Any, dmin: Any) -> None:
     """Step 4's least squares: d and dmin in place, for the integers that they, a and b give."""
-    inverse, base, q1, qx, qq, sw, sv, svv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]
+    inverse, base, q1, qx, qq, sw, sv = s[0], s[1], s[2], s[3], s[4], s[5], s[6]
     for k in range(LANES):
         unit = d[k] * a[k]
         inverse[k] = F1 / unit if unit > F0 else F0
+    for k in range(LANES):
         base[k] = -(dmin[k] * b[k])
     affine_sums(x, w, inverse, base, high, q1, qx, qq)
-    moments(x, w, base, sw, sv, svv)
+    means(x, w, base, sw, sv)
     for start in range(0, LANES, parts):
         # Corrections to d and dmin, as the residual is fitted: r = x − base = (d + Δ) a q − Δmin b.
         aa, ab, bb, ra, rb = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -191,13 +243,13 @@ def exact_parts(
 
 @njit(**KERNEL)
 def encode_parts(
-    x: Any, w: Any, high: Any, top: Any, parts: Any, widths: Any, wide: Any, near: Any, rounds: Any, flag: Any, s: Any, best: Any
+    x: Any, w: Any, high: Any, top: Any, parts: Any, spreads: Any, wide: Any, near: Any, rounds: Any, flag: Any, s: Any, best: Any
 ) -> None:
     """Steps 1 to 4 of one tile. `best` f32 [4, 64] receives d, dmin and the integers of scale and min of each lane."""
     room, scale, minimum, d, dmin, a, b, least, a0, b0, total = (
-        s[:12], s[12], s[13], s[14], s[15], s[16], s[17], s[18], s[19], s[20], s[21],
+        s[:14], s[14], s[15], s[16], s[17], s[18], s[19], s[20], s[21], s[22], s[23],
     )  # fmt: skip
-    fit_parts(x, w, high, widths, room, scale, minimum)
+    fit_parts(x, w, high, spreads, room, scale, minimum)
     first_scales(scale, minimum, parts, top, d, dmin)
     for k in range(LANES):
         a0[k] = nearest(min(scale[k] / d[k], top)) if d[k] > F0 else F0

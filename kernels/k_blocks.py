@@ -51,8 +51,8 @@ from gptoss_convert.kernels.lanes import (
 BLOCK = 256
 
 
-def _nearest_first(count: int) -> list[int]:
-    return sorted(range(-count, count + 1), key=abs)
+def _nearest_first(count: int) -> NDArray[np.float32]:
+    return np.array(sorted(range(-count, count + 1), key=abs), np.float32)
 
 
 def _moves(scale: int, minimum: int) -> NDArray[np.float32]:
@@ -62,40 +62,47 @@ def _moves(scale: int, minimum: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Affine:
-    """`bits` of q, the largest integer scale `top`, values a part; what is tried: see `k_affine`."""
+    """`bits` of q, the largest integer scale `top`, values a part; what is tried, see `k_affine`, without and with
+    importance: spreads, scales, pairs."""
 
     bits: int
     top: int
     size: int
-    widths: NDArray[np.float32]
-    wide: NDArray[np.float32]
-    near: NDArray[np.float32]
     block_bytes: int
+    tried: tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]
 
 
 @dataclass(frozen=True)
 class _Symmetric:
-    """`bits` of q, the least integer scale; what is tried: see `k_symmetric`."""
+    """`bits` of q, the least integer scale; what is tried, see `k_symmetric`: factors, scales, scales again; signs."""
 
     bits: int
     least: int
-    factors: NDArray[np.float32]
-    wide: NDArray[np.float32]
-    near: NDArray[np.float32]
-    signs: int
     block_bytes: int
+    tried: tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]
+    signs: tuple[int, int]
 
 
-_WIDTHS = np.array([0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75, -1, 1], np.float32)
-_STEPS = np.array(_nearest_first(12), np.float32)
-_Q6_FACTORS = np.array([32, *(32 + 0.64 * i for i in range(-6, 7) if i)], np.float32)
-_Q3_FACTORS = np.array([4, 3.5, 3, 4.5, 5, -3, -3.5, 3.75, 4.25, 2.5], np.float32)
+def _f32(*numbers: float) -> NDArray[np.float32]:
+    return np.array(numbers, np.float32)
 
-Q2_K = _Affine(2, 15, 16, _WIDTHS, np.array(_nearest_first(6), np.float32), _moves(2, 2), 84)
-Q4_K = _Affine(4, 63, 32, _WIDTHS, _STEPS, _moves(2, 2), 144)
-Q5_K = _Affine(5, 63, 32, _WIDTHS, _STEPS, _moves(2, 2), 176)
-Q3_K = _Symmetric(3, -32, _Q3_FACTORS, np.array(_nearest_first(4), np.float32), np.array(_nearest_first(2), np.float32), 2, 110)
-Q6_K = _Symmetric(6, -128, _Q6_FACTORS, np.array(_nearest_first(8), np.float32), np.array(_nearest_first(2), np.float32), 1, 210)
+
+_WIDTHS = [(width, 0) for width in (0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75, -1, 1)]
+_SHIFTED = [(width, shift) for shift in (0.5, 1, -0.5) for width in (0, -0.5, 0.5, -1, 1)]
+_FEW, _MANY = np.array(_WIDTHS, np.float32), np.array(_WIDTHS + [(-1.5, 0), (-2, 0)] + _SHIFTED, np.float32)
+_2_BITS = ((_FEW, _nearest_first(6), _moves(2, 2)), (_MANY, _nearest_first(6), _moves(3, 3)))
+_4_BITS = ((_MANY, _nearest_first(12), _moves(2, 2)), (_MANY, _nearest_first(12), _moves(3, 3)))
+_5_BITS = ((_FEW, _nearest_first(12), _moves(2, 2)), (_MANY, _nearest_first(12), _moves(3, 3)))
+_3_FACTORS = _f32(4, 3.5, 4.5, -3.5, 3, 5, -3, 3.75, 4.25, 2.5)
+_3_BITS = ((_3_FACTORS[:4], _nearest_first(4), _nearest_first(1)), (_3_FACTORS, _nearest_first(8), _nearest_first(8)))
+_6_FACTORS = _f32(32, *(32 + 0.64 * i for i in range(-6, 7) if i))
+_6_BITS = ((_6_FACTORS, _nearest_first(8), _nearest_first(2)), (_6_FACTORS, _nearest_first(8), _nearest_first(4)))
+
+Q2_K = _Affine(2, 15, 16, 84, _2_BITS)
+Q4_K = _Affine(4, 63, 32, 144, _4_BITS)
+Q5_K = _Affine(5, 63, 32, 176, _5_BITS)
+Q3_K = _Symmetric(3, -32, 110, _3_BITS, (1, 2))
+Q6_K = _Symmetric(6, -128, 210, _6_BITS, (1, 1))
 
 
 def q2_k_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -134,10 +141,10 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
     out = np.empty((parts.size // BLOCK, kind.block_bytes), np.uint8)
     w, tile = importance_blocks(importance, kind.size)
     x, q = np.empty((kind.size, LANES), np.float32), np.empty((kind.size, LANES), np.uint8)
-    s, best = np.empty((22, LANES), np.float32), np.empty((4, LANES), np.float32)
+    s, best = np.empty((24, LANES), np.float32), np.empty((4, LANES), np.float32)
     high, top, limit = np.float32(2**kind.bits - 1), np.float32(kind.top), np.float32(kind.top * F16_MAX)
     bad = _affine(
-        parts, w, high, top, limit, kind.widths, kind.wide, kind.near,
+        parts, w, high, top, limit, *kind.tried[importance is not None],
         x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, kind.size)
@@ -146,7 +153,7 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
 
 @njit(**KERNEL)
 def _affine(
-    blocks: Any, importance: Any, high: Any, top: Any, limit: Any, widths: Any, wide: Any, near: Any,
+    blocks: Any, importance: Any, high: Any, top: Any, limit: Any, spreads: Any, wide: Any, near: Any,
     x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
     parts = BLOCK // blocks.shape[1]
@@ -157,7 +164,7 @@ def _affine(
         bad = first_above(x, limit)
         if bad >= 0:
             return first + bad
-        k_affine.encode_parts(x, w, high, top, parts, widths, wide, near, 1, flag, s, best)
+        k_affine.encode_parts(x, w, high, top, parts, spreads, wide, near, 1, flag, s, best)
         for k in range(LANES):
             unit = best[0, k] * best[2, k]
             s[0, k] = np.float32(1) / unit if unit > F0 else F0
@@ -177,10 +184,10 @@ def _encode_symmetric(values: F32, importance: F32 | None, kind: _Symmetric) -> 
     w, tile = importance_blocks(importance, 16)
     x, q = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.uint8)
     s, best = np.empty((12, LANES), np.float32), np.empty((2, LANES), np.float32)
-    half = 2 ** (kind.bits - 1)
+    half, weighted = 2 ** (kind.bits - 1), importance is not None
     ends, limit = np.array([kind.least, -kind.least - 1], np.float32), np.float32(-kind.least * half * F16_MAX)
     bad = _symmetric(
-        parts, w, np.float32(-half), ends, limit, kind.factors, kind.wide, kind.near, kind.signs,
+        parts, w, np.float32(-half), ends, limit, *kind.tried[weighted], kind.signs[weighted],
         x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, 16)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, nearest, peaks, symmetric_error, symmetric_sums
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, invert, lower, nearest, peaks, symmetric_error, symmetric_sums, take
 
 F1 = np.float32(1)
 PARTS = 16  # lanes a super-block
@@ -34,12 +34,13 @@ def fit_parts(x: Any, w: Any, low: Any, high: Any, factors: Any, s: Any, scale: 
     """Step 1: the real-valued scale of each lane."""
     size, peak, inverse, qx, qq, most = s[0], s[1], s[2], s[3], s[4], s[5]
     peaks(x, size, peak)
+    most[:] = F0
     for k in range(LANES):
-        most[k] = F0
         scale[k] = peak[k] / low
     for i in range(factors.size):
+        factor = -factors[i]
         for k in range(LANES):
-            inverse[k] = -factors[i] / peak[k] if size[k] > TINY else F0
+            inverse[k] = factor / peak[k] if size[k] > TINY else F0
         symmetric_sums(x, w, inverse, low, high, qx, qq)
         for k in range(LANES):
             # With the best scale qx/qq, the loss is Σ w x² − qx²/qq.
@@ -83,17 +84,19 @@ def search_scales(
 ) -> None:
     """Step 3: the best integer scale of each lane among ±a0 + steps (`signs` 2) or a0 + steps (1), and its loss."""
     trial, unit, inverse, error = s[0], s[1], s[2], s[3]
+    least, largest = ends[0], ends[1]
+    loss[:] = np.float32(np.inf)
     for sign in range(signs):
         for i in range(steps.size):
+            step, turn = steps[i], F1 if sign == 0 else -F1
             for k in range(LANES):
-                trial[k] = min(max((a0[k] if sign == 0 else -a0[k]) + steps[i], ends[0]), ends[1])
+                trial[k] = min(max(turn * a0[k] + step, least), largest)
+            for k in range(LANES):
                 unit[k] = d[k] * trial[k]
-                inverse[k] = F1 / unit[k] if unit[k] != F0 else F0
+            invert(unit, inverse)
             symmetric_error(x, w, unit, inverse, low, high, error)
-            for k in range(LANES):
-                better = (i == 0 and sign == 0) or error[k] < loss[k]
-                loss[k] = error[k] if better else loss[k]
-                a[k] = trial[k] if better else a[k]
+            take(error, loss, trial, a)
+            lower(error, loss)
 
 
 @njit(**KERNEL)

@@ -5,6 +5,7 @@ the tile's rows, of each lane by itself and in one order; loops over the lanes v
 what a block encodes to depends neither on its neighbours nor on threads nor on the machine's vector width.
 
 Every function here is compiled and works on the caller's arrays. `w` is a tile of importances, or None for all ones.
+Loops over lanes write one array each: more, and the compiler's checks that they do not overlap keep it from vectorising.
 """
 
 from __future__ import annotations
@@ -61,6 +62,27 @@ def f16_bits(value: Any, bits: Any) -> Any:
     if size < _HALF_RANGE:
         return np.uint16(sign | np.uint32(size * np.float32(2.0**24)))
     return np.uint16(sign | (((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(13)) - np.uint32(112 << 10)))
+
+
+@njit(**KERNEL)
+def invert(d: Any, inverse: Any) -> None:
+    """1/d of each lane, 0 for 0."""
+    for k in range(LANES):
+        inverse[k] = F0 if d[k] == F0 else np.float32(1) / d[k]
+
+
+@njit(**KERNEL)
+def take(error: Any, least: Any, source: Any, target: Any) -> None:
+    """source → target in the lanes where error is below least."""
+    for k in range(LANES):
+        target[k] = source[k] if error[k] < least[k] else target[k]
+
+
+@njit(**KERNEL)
+def lower(error: Any, least: Any) -> None:
+    """The smaller of the two, into least."""
+    for k in range(LANES):
+        least[k] = error[k] if error[k] < least[k] else least[k]
 
 
 @njit(**KERNEL)

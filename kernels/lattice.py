@@ -16,6 +16,7 @@ Arrays of one super-block of 256 values are kept axis by axis: entry i · G + g 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -24,14 +25,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from gptoss_convert.kernels.floats import F32, U8, U16
+from gptoss_convert.kernels.floats import F32, U16
 
 SUPER = 256  # values of a super-block
 _GUARD = 0x8888888888888888  # the top bit of every 4-bit field
 _MOST = 3_000_000  # entries of the longest candidate list (2.4 million), with room
-
-# The formats that store 7 bits for 8 signs mean the eighth bit to make the number of negative ones even.
-EVEN_SIGNS: U8 = np.array([i | (i.bit_count() & 1) << 7 for i in range(128)], np.uint8)
 
 
 class Grid(NamedTuple):
@@ -43,15 +41,6 @@ class Grid(NamedTuple):
     entries: U16  # [N, 4]: for each quarter of the axes, where its term stands in the table of `_tables8`, `_tables4`
     starts: NDArray[np.uint32]  # [65537]: the candidates of cell c are lists[starts[c] : starts[c + 1]]
     lists: U16  # numbers of points, each list padded to a multiple of 4 by repeating one, unless it is a single point
-
-
-class Packed(NamedTuple):
-    """R rows of B super-blocks: value = ± (d · step) · (2·scale + 1) · point. A format arranges the bits of these."""
-
-    d: F32  # [R, B], float16's values
-    scales: U8  # [R, B, parts], 0 … 15
-    ids: U16  # [R, B, groups]: numbers of points
-    signs: U8  # [R, B, 32]: bit i is set where value i of the eight is negative
 
 
 _GRIDS: dict[str, Grid] = {}
@@ -85,7 +74,7 @@ def _prepare(found: F32, levels: F32) -> Grid:
     level = np.searchsorted(levels, found)
     if axes == 8:  # intervals: where the order of the three levels by distance changes
         low, middle, high = levels
-        bounds = np.array([low + middle, low + high, middle + high], np.float32) / 2
+        bounds = np.array([low + middle, low + high, middle + high], np.float32) / np.float32(2)
         entries = (level[:, 0::2] + 3 * level[:, 1::2]) * 128 + np.arange(4) * 32
     else:  # half steps from halfway between the first two levels; the uneven last level only lengthens some lists
         step = (levels[1] - levels[0]) / 2
@@ -104,7 +93,7 @@ def _ranks(levels: F32, bounds: F32) -> NDArray[np.uint64]:
     """
     ends = np.concatenate([[-1e6], bounds.astype(np.float64), [1e6]])
     rank = [np.unique(np.abs(levels - end), return_inverse=True)[1] for end in ends]
-    return np.array([low | high << 4 for low, high in zip(rank, rank[1:], strict=False)], np.uint64)
+    return np.array([low | high << 4 for low, high in pairwise(rank)], np.uint64)
 
 
 def _keys(level: NDArray[np.int64], ranks: NDArray[np.uint64], bits: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -197,8 +186,8 @@ def _tables4(y: Any, w: Any, levels: Any, bounds: Any, cells: Any, table: Any) -
     cells[:64] = 0
     for i in range(4):
         for g in range(64):
-            interval = np.int32(y[i * 64 + g] * inverse + shift)
-            cells[g] += min(max(interval, np.int32(0)), np.int32(13)) << np.int32(4 * i)
+            interval = min(max(y[i * 64 + g] * inverse + shift, np.float32(0)), np.float32(13))
+            cells[g] += np.int32(interval) << np.int32(4 * i)
     for k in range(8):
         level = levels[k]
         for g in range(256):
@@ -227,7 +216,7 @@ def _key(entries: Any, table: Any, point: Any, group: Any) -> Any:
 def search(y: Any, w: Any, grid: Any, cells: Any, table: Any, ids: Any) -> None:
     """Numbers of the points nearest to the groups of y, f32 [256] axis by axis, weights alike → ids int32 [G].
 
-    |y| up to 1e6. cells int32 [64], table f32 [2048]: scratch.
+    cells int32 [64], table f32 [2048]: scratch.
     """
     if grid.points.shape[1] == 8:
         _tables8(y, w, grid.levels, grid.bounds, cells, table)
@@ -246,7 +235,8 @@ def search(y: Any, w: Any, grid: Any, cells: Any, table: Any, ids: Any) -> None:
                 p2, p3 = np.uint64(grid.lists[at + np.uint64(2)]), np.uint64(grid.lists[at + np.uint64(3)])
                 k0, k1 = _key(grid.entries, table, p0, group), _key(grid.entries, table, p1, group)
                 k2, k3 = _key(grid.entries, table, p2, group), _key(grid.entries, table, p3, group)
-                best = min(best, min(min(k0, k1), min(k2, k3)))
+                first, second = min(k0, k1), min(k2, k3)
+                best = min(best, first, second)
                 at += four
             ids[g] = np.int32(best & np.uint64(0xFFFF))
 
@@ -255,63 +245,3 @@ def nearest_reference(y: F32, w: F32, found: F32) -> NDArray[np.intp]:
     """Groups y f32 [K, axes], weights w alike, points [N, axes] → [K]: by trying every point, in float64."""
     distance = (w[:, None].astype(np.float64) * (y[:, None].astype(np.float64) - found[None]) ** 2).sum(axis=2)
     return cast("NDArray[np.intp]", distance.argmin(axis=1))
-
-
-def expand(packed: Packed, found: F32, step: float) -> F32:
-    """Super-blocks and the points f32 [N, axes] → values f32 [R, B·256]. Every product is exact in float32."""
-    rows, blocks = packed.d.shape
-    out = np.empty((rows, blocks * SUPER), np.float32)
-    _expand(packed, found, np.float32(step), out)
-    return out
-
-
-@njit(cache=True, nogil=True)
-def _expand(packed: Any, found: Any, step: Any, out: Any) -> None:
-    axes = found.shape[1]
-    share = packed.ids.shape[2] // packed.scales.shape[2]
-    for r in range(packed.d.shape[0]):
-        for b in range(packed.d.shape[1]):
-            for p in range(packed.scales.shape[2]):
-                scale = packed.d[r, b] * step * np.float32(2 * packed.scales[r, b, p] + 1)
-                for g in range(p * share, (p + 1) * share):
-                    at, point = b * 256 + g * axes, np.uint64(packed.ids[r, b, g])
-                    bits = np.int32(packed.signs[r, b, g * axes >> 3]) >> np.int32(g * axes & 7)
-                    for i in range(axes):
-                        sign = np.float32(1 - 2 * ((bits >> i) & 1))
-                        out[r, at + i] = scale * found[point, np.uint64(i)] * sign
-
-
-def nibbles(scales: U8) -> U8:
-    """4-bit numbers [R, B, N] → bytes [R, B, N/2], the even ones low."""
-    return scales[:, :, 0::2] | scales[:, :, 1::2] << 4
-
-
-def from_nibbles(data: U8) -> U8:
-    """Inverse of `nibbles`."""
-    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:2], -1)
-
-
-def sign_words(scales: U8, signs: U8) -> U8:
-    """Scales [R, B, 8] and signs [R, B, 32], even in number → bytes [R, B, 8, 4]: 4 × 7 bits of signs, 4 bits of scale."""
-    seven = (signs.reshape(*scales.shape, 4) & 127).astype("<u4")
-    words = (seven << np.array([0, 7, 14, 21], "<u4")).sum(axis=-1, dtype="<u4") | scales.astype("<u4") << 28
-    return np.ascontiguousarray(words[..., None], "<u4").view(np.uint8)
-
-
-def from_sign_words(data: U8) -> tuple[U8, U8]:
-    """Inverse of `sign_words`, from [R, B, 8, 4]."""
-    words = np.ascontiguousarray(data).view("<u4")
-    seven = words >> np.array([0, 7, 14, 21], "<u4") & 127
-    return (words[..., 0] >> 28).astype(np.uint8), EVEN_SIGNS[seven].reshape(*data.shape[:2], 32)
-
-
-def heads(rows: U8, block_bytes: int) -> tuple[F32, U8]:
-    """Rows of super-blocks uint8 [R, B·bytes] → d f32 [R, B] and the blocks uint8 [R, B, bytes]."""
-    blocks = rows.reshape(rows.shape[0], -1, block_bytes)
-    return np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32), blocks
-
-
-def join(d: F32, *fields: U8) -> U8:
-    """d f32 [R, B] and fields uint8 [R, B, bytes] → uint8 [R, B·bytes], d first as float16."""
-    head = np.ascontiguousarray(d[..., None], "<f2").view(np.uint8)
-    return np.concatenate([head, *fields], axis=2).reshape(d.shape[0], -1)

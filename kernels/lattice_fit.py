@@ -5,14 +5,14 @@
 
 Minimised is Σ w (x − decoded)² over each super-block, w the column's importance or 1:
 
-0. a super-block that was decoded from the same format comes back exactly (`_recover`);
+0. a super-block that was decoded from the same format comes back exactly (`lattice_work.recover`);
 1. where the number of negative signs must be even and is odd, the magnitude with the least w·|x| counts as negative;
 2. each part by itself, with a real scale: its peak at several places of the levels' range, nearest points, least-squares
-   scale, and the best of them again nearest points and scale (Lloyd);
+   scale, and the best of them again nearest points and scale, twice (Lloyd); between, with the points known, the sign
+   that turns becomes the one with the least w·|x|·point, which is what it costs;
 3. d so that these scales are closest to odd multiples of d · step, by the quadratic model of each part's loss;
 4. for this d the true loss of each part at the nearest scale and at the next nearest; d refitted by least squares to all
-   points at once, rounded to float16, and once more; the best round is kept;
-5. where a sign had to turn, the loss with the two next cheapest signs instead.
+   points at once, rounded to float16, and the nearest scales again; the round that loses less is kept.
 
 Everything is scaled by a power of two to a peak of ½ … 1 first, so that neither subnormal nor huge values lose bits.
 """
@@ -20,57 +20,25 @@ Everything is scaled by a power of two to a peak of ½ … 1 first, so that neit
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from gptoss_convert.kernels.floats import F32, U8, U16
-from gptoss_convert.kernels.lanes import F16_MAX, KERNEL, f16, importance_blocks, nearest, refuse_size
-from gptoss_convert.kernels.lattice import SUPER, Grid, Packed, search
+from gptoss_convert.kernels.floats import F32
+from gptoss_convert.kernels.lanes import F16_LEAST, F16_MAX, KERNEL, f16, importance_blocks, nearest, refuse_size
+from gptoss_convert.kernels.lattice import SUPER, Grid
+from gptoss_convert.kernels.lattice_bits import Packed
+from gptoss_convert.kernels.lattice_work import F1, SCALES, entry, evaluate, load, new_work, recover
 
-SCALES = 16
 ROUNDS = 2
-TURNS = 0
-_F1 = np.float32(1)
 _TINY = np.float32(1e-20)
+# Relative to the mean: what has no importance at all is still encoded as well as the rest allows.
+_LEAST_WEIGHT = np.float32(1e-9)
 # Where the peak of a part may lie, in units of the highest level.
 _PEAKS = np.array([0.6, 0.8, 1.0, 1.2], np.float32)
 # Odd multiples of d · step at which the largest scale may lie, and between them.
 _MULTIPLES = (33.5 - 0.5 * np.arange(40)).astype(np.float32)
-
-
-class _Work(NamedTuple):
-    """Scratch of one super-block; arrays of 256 are axis by axis, see `lattice`."""
-
-    t: F32  # [256] magnitudes, negative where a sign had to turn
-    w: F32  # [256]
-    y: F32  # [256] t / scale, then the points
-    ids: NDArray[np.int32]  # [64]
-    kept: NDArray[np.int32]  # [64] the best so far
-    round: NDArray[np.int32]  # [64] the best of a round
-    signs: U8  # [32]
-    flip: NDArray[np.int32]  # [32] which of the eight values turned, or −1
-    cells: NDArray[np.int32]  # [64]
-    table: F32  # [2048]
-    group: F32  # [2, 64] Σ w t p and Σ w p² of a group
-    part: F32  # [10, 16] what the steps keep of each part
-    choice: F32  # [40]
-    scales: NDArray[np.int32]  # [3, 16] now, the best so far, the best of a round
-
-
-def _work() -> _Work:
-    def i32(*shape: int) -> NDArray[np.int32]:
-        return np.zeros(shape, np.int32)
-
-    def f32(*shape: int) -> F32:
-        return np.zeros(shape, np.float32)
-
-    return _Work(
-        f32(256), f32(256), f32(256), i32(64), i32(64), i32(64), np.zeros(32, np.uint8), i32(32),
-        i32(64), f32(2048), f32(2, 64), f32(10, 16), f32(40), i32(3, 16),
-    )  # fmt: skip
 
 
 def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, step: float) -> Packed:
@@ -81,7 +49,7 @@ def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, 
     rows, blocks, axes = values.shape[0], values.shape[1] // SUPER, grid.points.shape[1]
     values = np.ascontiguousarray(values)
     scaled, _ = importance_blocks(importance, SUPER)
-    w = np.ones((blocks, SUPER), np.float32) if scaled is None else np.maximum(scaled, np.float32(1e-9))
+    w = np.ones((blocks, SUPER), np.float32) if scaled is None else np.maximum(scaled, _LEAST_WEIGHT)
     w = np.ascontiguousarray(w.reshape(blocks, -1, axes).transpose(0, 2, 1)).reshape(blocks, SUPER)
     out = Packed(
         np.zeros((rows, blocks), np.float32),
@@ -91,7 +59,7 @@ def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, 
     )
     products = np.unique(np.outer(grid.levels.astype(np.float64), 2 * np.arange(SCALES) + 1))
     limit = F16_MAX * step * products[-1]
-    bad = _fit(values, w, grid, part, even, step, products, limit, _PEAKS, _MULTIPLES, _work(), out)
+    bad = _fit(values, w, grid, part, even, step, products, limit, _PEAKS, _MULTIPLES, new_work(), out)
     refuse_size(int(bad), values, SUPER)
     return out
 
@@ -112,9 +80,9 @@ def _fit(
             if peak == 0:
                 continue
             exponent = math.frexp(np.float64(peak))[1]
-            _load(x, weights[b], grid, even, exponent, work)
+            load(x, weights[b], grid, even, exponent, work)
             unit = math.ldexp(step, -exponent)  # of d, in the scale of t
-            d = _recover(math.ldexp(np.float64(peak), -exponent), grid, part, unit, products, work)
+            d = recover(math.ldexp(np.float64(peak), -exponent), grid, part, unit, products, work)
             if d == 0:
                 work.w[:] = weights[b]
                 _fit_parts(grid, part, even, peaks, work)
@@ -127,112 +95,6 @@ def _fit(
                 for k in range(out.scales.shape[2]):
                     out.scales[r, b, k] = work.scales[1, k]
     return -1
-
-
-@njit(inline="always")
-def _entry(i: Any, wide: Any) -> Any:
-    """Where value i of the super-block stands axis by axis; `wide`: 8 axes."""
-    return (i & 7) * 32 + (i >> 3) if wide else (i & 3) * 64 + (i >> 2)
-
-
-@njit(**KERNEL)
-def _load(x: Any, w: Any, grid: Any, even: Any, exponent: Any, work: Any) -> None:
-    """Magnitudes scaled by 2^-exponent, signs, and step 1. Leaves ones in work.w, as `_recover` wants it."""
-    wide = grid.points.shape[1] == 8
-    scale = math.ldexp(1.0, -exponent)
-    work.w[:] = 1
-    for h in range(32):
-        bits, turned, least = 0, -1, np.float32(np.inf)
-        for i in range(8):
-            at = _entry(8 * h + i, wide)
-            value = np.float32(np.float64(x[8 * h + i]) * scale)
-            bits |= np.int64(value < 0) << i
-            work.t[at] = abs(value)
-            cost = w[at] * abs(value)
-            turned = i if cost < least else turned
-            least = min(cost, least)
-        odd = (bits ^ bits >> 4) & 15
-        odd = (0x6996 >> odd) & 1  # the parity of four bits
-        work.flip[h] = turned if even and odd else -1
-        if even and odd:
-            work.t[_entry(8 * h + turned, wide)] *= -_F1
-            bits ^= 1 << turned
-        work.signs[h] = bits
-
-
-@njit(**KERNEL)
-def _evaluate(grid: Any, part: Any, scale: Any, work: Any) -> None:
-    """Nearest points of all groups at the scale of each part → work.ids, and the parts' sums Σ w t p, Σ w p² → part[0:2]."""
-    axes = grid.points.shape[1]
-    groups, share = 256 // axes, part // axes
-    t, w, y, xp, pp = work.t, work.w, work.y, work.group[0], work.group[1]
-    for p in range(256 // part):
-        xp[p * share : (p + 1) * share] = _F1 / scale[p]
-    for i in range(axes):
-        for g in range(groups):
-            y[i * groups + g] = t[i * groups + g] * xp[g]
-    search(y, w, grid, work.cells, work.table, work.ids)
-    for g in range(groups):
-        point = np.uint64(work.ids[g])
-        for i in range(axes):
-            y[i * groups + g] = grid.points[point, np.uint64(i)]
-    xp[:] = 0
-    pp[:] = 0
-    for i in range(axes):
-        for g in range(groups):
-            v = w[i * groups + g] * y[i * groups + g]
-            xp[g] += v * t[i * groups + g]
-            pp[g] += v * y[i * groups + g]
-    for p in range(256 // part):
-        first, second = np.float32(0), np.float32(0)
-        for g in range(p * share, (p + 1) * share):
-            first += xp[g]
-            second += pp[g]
-        work.part[0, p], work.part[1, p] = first, second
-
-
-@njit(**KERNEL)
-def _recover(peak: Any, grid: Any, part: Any, unit: Any, products: Any, work: Any) -> Any:
-    """d if the super-block is exactly d · unit · odd · point throughout (step 0), its points and scales kept; else 0."""
-    share = part // grid.points.shape[1]
-    for product in products:
-        exact = peak / product / unit
-        d = np.float64(f16(np.float32(exact)))
-        if d != exact:
-            continue
-        fits = True
-        for i in range(256):
-            multiple = work.t[i] / (d * unit)
-            if multiple == 0 or multiple != np.rint(multiple):
-                fits = False
-                break
-        if not fits:
-            continue
-        solved = 0
-        work.scales[1, :] = -1
-        for k in range(16):
-            scale = work.part[2]
-            scale[:] = np.float32(d * unit * (2 * k + 1))
-            _evaluate(grid, part, scale, work)
-            solved += _keep_exact(grid, share, scale[0], k, work)
-        if solved == 256 // part:
-            return d
-    return 0.0
-
-
-@njit(**KERNEL)
-def _keep_exact(grid: Any, share: Any, scale: Any, k: Any, work: Any) -> Any:
-    """Keep the parts whose every value is its point times the scale; how many are new. work.y holds the points."""
-    groups, found = 256 // grid.points.shape[1], 0
-    for p in range(groups // share):
-        same = work.scales[1, p] < 0
-        for g in range(p * share, (p + 1) * share):
-            for i in range(grid.points.shape[1]):
-                same = same and work.t[i * groups + g] == scale * work.y[i * groups + g]
-        if same:
-            work.scales[1, p], found = k, found + 1
-            work.kept[p * share : (p + 1) * share] = work.ids[p * share : (p + 1) * share]
-    return found
 
 
 @njit(**KERNEL)
@@ -255,7 +117,7 @@ def _fit_parts(grid: Any, part: Any, even: Any, peaks: Any, work: Any) -> None:
                 trial[p] = high[p] * peaks[turn] / grid.levels[-1]
             else:
                 trial[p] = max(scale[p], _TINY)
-        _evaluate(grid, part, trial, work)
+        evaluate(grid, part, trial, work)
         for p in range(parts):
             if xp[p] > 0 and xp[p] * xp[p] > gain[p] * pp[p]:
                 scale[p], weight[p], gain[p] = xp[p] / pp[p], pp[p], xp[p] * xp[p] / pp[p]
@@ -274,8 +136,8 @@ def _first_unit(parts: Any, multiples: Any, work: Any) -> Any:
     for p in range(parts):
         for c in range(multiples.size):
             u = widest / multiples[c]
-            odd = min(max(nearest((scale[p] / u - _F1) * np.float32(0.5)), np.float32(0)), np.float32(15))
-            miss = scale[p] - u * (np.float32(2) * odd + _F1)
+            odd = min(max(nearest((scale[p] / u - F1) * np.float32(0.5)), np.float32(0)), np.float32(15))
+            miss = scale[p] - u * (np.float32(2) * odd + F1)
             work.choice[c] += weight[p] * miss * miss
     return widest / multiples[np.argmin(work.choice)]
 
@@ -285,19 +147,22 @@ def _fit_scales(grid: Any, part: Any, unit: Any, multiples: Any, work: Any) -> A
     """Steps 3 and 4: d, 0 where zeros lose no more; points and scales kept."""
     parts, share = 256 // part, part // grid.points.shape[1]
     best, least = 0.0, 0.0
-    d = np.float64(f16(np.float32(_first_unit(parts, multiples, work) / unit)))
+    real = _first_unit(parts, multiples, work) / unit
+    if real < 0.25 * F16_LEAST:
+        return best  # even the least d is too large
+    d = np.float64(f16(np.float32(real)))
     for turn in range(ROUNDS):
         u = np.float32(d * unit)
         work.part[7, :] = np.inf
         for second in range(2 if turn == 0 else 1):
             for p in range(parts):
-                real = (work.part[3, p] / u - _F1) * np.float32(0.5)
+                real = (work.part[3, p] / u - F1) * np.float32(0.5)
                 level = nearest(min(max(real, np.float32(0)), np.float32(15)))
                 if second:
-                    level += _F1 if real > level else -_F1
+                    level += F1 if real > level else -F1
                 work.scales[0, p] = np.int32(min(max(level, np.float32(0)), np.float32(15)))
                 work.part[2, p] = u * np.float32(2 * work.scales[0, p] + 1)
-            _evaluate(grid, part, work.part[2], work)
+            evaluate(grid, part, work.part[2], work)
             _keep_better(parts, share, work)
         loss, px, pp = 0.0, 0.0, 0.0
         for p in range(parts):
@@ -309,7 +174,7 @@ def _fit_scales(grid: Any, part: Any, unit: Any, multiples: Any, work: Any) -> A
             least, best = loss, d
             work.scales[1], work.kept[:] = work.scales[2], work.round
         refitted = np.float64(f16(np.float32(max(px, 0.0) / pp / unit)))
-        if refitted == d:
+        if refitted in (d, 0.0):
             break
         d = refitted
     return best
@@ -335,11 +200,11 @@ def _turn_cheapest(wide: Any, work: Any) -> None:
             continue
         found, least = 0, np.inf
         for i in range(8):
-            at = _entry(8 * h + i, wide)
+            at = entry(8 * h + i, wide)
             cost = np.float64(work.w[at] * abs(work.t[at]) * work.y[at])
             if cost < least:
                 found, least = i, cost
-        for i in (np.int64(work.flip[h]), found):  # the same one twice changes nothing
-            work.t[_entry(8 * h + i, wide)] *= -_F1
-            work.signs[h] ^= np.uint8(1 << i)
+        for change in (np.int64(work.flip[h]), np.int64(found)):  # the same one twice changes nothing
+            work.t[entry(8 * h + change, wide)] *= -F1
+            work.signs[h] ^= np.uint8(1 << change)
         work.flip[h] = found

@@ -41,7 +41,10 @@ from gptoss_convert.kernels.lanes import (
     peaks,
     symmetric_error,
     symmetric_sums,
+    take,
     importance_blocks,
+    invert,
+    lower,
     means,
     refuse_size,
     TINY,
@@ -76,8 +79,9 @@ def _around(centre: float, step: float, count: int) -> tuple[float, ...]:
 Q4_0 = _Layout(2, 4, -8, 7, (8, 7.5, 8.5, 7), (8, 7, *_around(8, 0.1, 12)))
 Q5_0 = _Layout(2, 5, -16, 15, (16, 15.3, 16.4, 15), (16, 15, *_around(16, 0.15, 14)), (12, 8))
 Q8_0 = _Layout(2, 8, -128, 127, (127, 125), (127, 126, 124.5, 123), (96, 64))
-Q4_1 = _Layout(4, 4, 0, 15, (15,), (15, 14, *_around(15, 0.15, 10)))
-Q5_1 = _Layout(4, 5, 0, 31, (31,), (31, 30, *_around(31, 0.3, 8)), (12, 8))
+Q4_1 = _Layout(4, 4, 0, 15, (15,), (15, 14, *_around(15, 0.3, 7)))
+Q5_1 = _Layout(4, 5, 0, 31, (31,), (31, 30, *_around(31, 0.6, 6)), (12, 8))
+_SHIFTS = (0, -0.5, 0.5, 1)  # of the least value's code, with importance
 
 
 def q4_0_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -149,28 +153,26 @@ def _symmetric(
 
 
 @njit(**KERNEL)
-def invert(d: Any, inverse: Any) -> None:
-    for k in range(LANES):
-        inverse[k] = F0 if d[k] == F0 else np.float32(1) / d[k]
-
-
-@njit(**KERNEL)
 def by_gain(
     x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, most: Any, qx: Any, qq: Any
 ) -> None:
     """The candidates −peak/f, each with its least-squares scale qx/qq: the loss is Σ w x² − qx²/qq."""
+    most[:] = F0
     for k in range(LANES):
-        best[k] = f16(peak[k] / low)
-        most[k] = F0
+        best[k] = peak[k] / low
     for i in range(factors.size):
+        factor = -factors[i]
         for k in range(LANES):
-            inverse[k] = -factors[i] / peak[k] if abs(peak[k]) > TINY else F0
+            inverse[k] = factor / peak[k] if abs(peak[k]) > TINY else F0
         symmetric_sums(x, w, inverse, low, high, qx, qq)
         for k in range(LANES):
-            d = qx[k] / qq[k] if qq[k] > F0 else F0
-            better = d * qx[k] > most[k]
-            most[k] = d * qx[k] if better else most[k]
-            best[k] = f16(d) if better else best[k]
+            qq[k] = qx[k] / qq[k] if qq[k] > F0 else F0
+        for k in range(LANES):
+            qx[k] *= -qq[k]  # least first, as losses are
+        take(qx, most, qq, best)
+        lower(qx, most)
+    for k in range(LANES):
+        best[k] = f16(best[k])
 
 
 @njit(**KERNEL)
@@ -189,10 +191,8 @@ def refit(
             d[k] = f16(d[k] / qq[k]) if qq[k] > F0 else best[k]
         invert(d, inverse)
         symmetric_error(x, w, d, inverse, low, high, qq)
-        for k in range(LANES):
-            better = qq[k] < least[k]
-            best[k] = d[k] if better else best[k]
-            least[k] = qq[k] if better else least[k]
+        take(qq, least, d, best)
+        lower(qq, least)
 
 
 @njit(**KERNEL)
@@ -200,15 +200,15 @@ def _by_loss(
     x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, least: Any, d: Any, error: Any
 ) -> None:
     """The candidates −peak/f as float16 holds them, judged as they are."""
+    least[:] = np.float32(np.inf)
     for i in range(factors.size):
+        factor = -factors[i]
         for k in range(LANES):
-            d[k] = f16(-peak[k] / factors[i])
+            d[k] = f16(peak[k] / factor)
         invert(d, inverse)
         symmetric_error(x, w, d, inverse, low, high, error)
-        for k in range(LANES):
-            better = i == 0 or error[k] < least[k]
-            best[k] = d[k] if better else best[k]
-            least[k] = error[k] if better else least[k]
+        take(error, least, d, best)
+        lower(error, least)
 
 
 @njit(**KERNEL)
@@ -247,10 +247,11 @@ def _encode_affine(values: F32, importance: F32 | None, layout: _Layout) -> U8:
     values = np.ascontiguousarray(values)
     blocks = values.reshape(-1, BLOCK)
     out = np.empty((len(blocks), layout.block_bytes), np.uint8)
-    factors = np.array(layout.fast if importance is None else layout.wide, np.float32)
+    pairs = [(f, 0) for f in layout.fast] if importance is None else [(f, c) for c in _SHIFTS for f in layout.wide]
+    factors = np.array(pairs, np.float32)
     w, tile = importance_blocks(importance, BLOCK)
     high, limit = np.float32(layout.high), np.float32(F16_MAX)
-    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((17, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
+    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((20, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
     bad = _affine(
         blocks, w, factors, np.array(layout.exact, np.float32), 0 if importance is None else 1, high, limit,
         layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
@@ -275,7 +276,7 @@ def _affine(
                 return first + k
         some = exact.size > 0 and coarse(x, flag)
         if some:
-            _exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9], s[10])
+            _exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9])
         if some and _all_zero(s[7], flag):
             best[:], base[:] = s[5], s[6]
         else:
@@ -303,51 +304,63 @@ def _affine(
 def _search_affine(
     x: Any, w: Any, factors: Any, rounds: Any, high: Any, low: Any, top: Any, best: Any, base: Any, inverse: Any, s: Any
 ) -> None:
-    start, most, sw, sv, q1, qx, qq, d, m = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]
-    for k in range(LANES):
-        start[k] = f16(low[k])
-        most[k] = -np.float32(1)
-    means(x, w, start, sw, sv)
-    for i in range(factors.size + rounds):
+    start, least, sw, sv, q1, qx, qq, d, mean, a, b, loss = (
+        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
+    )  # fmt: skip
+    means(x, w, low, sw, sv)
+    least[:] = np.float32(np.inf)
+    for i in range(factors.shape[0] + rounds):
+        if i >= factors.shape[0]:  # the integers of the best so far
+            d[:], start[:] = best, base
+            least[:] = np.float32(np.inf)
+        else:
+            steps, shift = factors[i, 0], factors[i, 1]
+            for k in range(LANES):
+                d[k] = (top[k] - low[k]) / steps
+            for k in range(LANES):
+                start[k] = low[k] + shift * d[k]
         for k in range(LANES):
-            if i >= factors.size:  # refits: the integers of the best so far
-                start[k] = base[k]
-                d[k] = best[k]
-            else:
-                d[k] = (top[k] - start[k]) / factors[i]
             inverse[k] = np.float32(1) / d[k] if d[k] > TINY else F0
-        if i >= factors.size:
-            means(x, w, start, sw, sv)
         affine_sums(x, w, inverse, start, high, q1, qx, qq)
         for k in range(LANES):
-            det = sw[k] * qq[k] - q1[k] * q1[k]
-            good = det > F0
-            a = (sw[k] * qx[k] - sv[k] * q1[k]) / det if good else max(d[k], F0)
-            b = (qq[k] * sv[k] - q1[k] * qx[k]) / det if good else F0
-            gain = a * qx[k] + b * sv[k] if good else F0  # what the line takes off Σ w (x − start)²
-            better = gain > most[k] or i >= factors.size
-            most[k] = gain if better else most[k]
-            best[k] = f16(a) if better else best[k]
-            base[k] = f16(start[k] + b) if better else base[k]
+            mean[k] = sv[k] - (start[k] - low[k]) * sw[k]  # Σ w (x − start)
+        for k in range(LANES):
+            loss[k] = sw[k] * qq[k] - q1[k] * q1[k]
+        for k in range(LANES):
+            a[k] = max((sw[k] * qx[k] - mean[k] * q1[k]) / loss[k], F0) if loss[k] > F0 else F0
+        for k in range(LANES):
+            b[k] = (mean[k] - a[k] * q1[k]) / sw[k] if sw[k] > F0 else F0
+        # What the line takes off Σ w (x − low)², of which the shift is the first part; negative, as of a loss.
+        for k in range(LANES):
+            loss[k] = (low[k] - start[k]) * (sv[k] + mean[k]) - a[k] * qx[k] - b[k] * mean[k]
+        for k in range(LANES):
+            b[k] += start[k]
+        take(loss, least, a, best)
+        take(loss, least, b, base)
+        lower(loss, least)
+    for k in range(LANES):
+        best[k] = f16(best[k])
+    for k in range(LANES):
+        base[k] = f16(base[k])
 
 
 @njit(**KERNEL)
 def _exact_affine(
     x: Any, w: Any, factors: Any, high: Any, low: Any, top: Any,
-    best: Any, base: Any, inverse: Any, least: Any, d: Any, m: Any, error: Any,
+    best: Any, base: Any, inverse: Any, least: Any, d: Any, error: Any,
 ) -> None:  # fmt: skip
     """Scales that put the largest magnitude f steps from zero, the least value at code 0."""
+    least[:] = np.float32(np.inf)
+    for k in range(LANES):
+        base[k] = f16(low[k])
     for i in range(factors.size):
+        factor = factors[i]
         for k in range(LANES):
-            d[k] = f16(max(-low[k], top[k]) / factors[i])
-            m[k] = f16(low[k])
+            d[k] = f16(max(-low[k], top[k]) / factor)
         invert(d, inverse)
-        affine_error(x, w, d, inverse, m, high, error)
-        for k in range(LANES):
-            better = i == 0 or error[k] < least[k]
-            best[k] = d[k] if better else best[k]
-            base[k] = m[k] if better else base[k]
-            least[k] = error[k] if better else least[k]
+        affine_error(x, w, d, inverse, base, high, error)
+        take(error, least, d, best)
+        lower(error, least)
 
 
 @njit(**KERNEL)

@@ -23,11 +23,12 @@ from gptoss_convert.kernels.lanes import (
     gather,
     gather_cyclic,
     importance_blocks,
+    invert,
     nearest,
     peaks,
     refuse_size,
 )
-from gptoss_convert.kernels.legacy_blocks import by_gain, invert, refit
+from gptoss_convert.kernels.legacy_blocks import by_gain, refit
 
 BLOCK = 64
 BLOCK_BYTES = 18  # d, codes

@@ -102,9 +102,10 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F
     try:
         return encoder(values, importance)
     except ValueError as error:
+        r, c = divmod(int(np.abs(values).argmax()), values.shape[1])
         raise Refused(
             f"a value is too large for {codec}, whose scales are float16", tensor=tensor,
-            found=f"{error}, counted from row {row}", remedy="choose mxfp4, bf16 or f32 for this tensor",
+            found=f"{values[r, c]:g} at row {row + r}, column {c}", remedy="choose mxfp4, bf16 or f32 for this tensor",
         ) from error  # fmt: skip
 
 

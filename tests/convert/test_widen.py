@@ -163,7 +163,7 @@ def test_without_leave_to_widen_the_type_is_refused_with_tensor_and_remedy(
     recipe = tmp_path / "k.toml"
     parts = {"gate": "q3_k", "up": "q3_k", "down": "q3_k", "attention": "bf16", "embedding": "bf16", "head": "bf16"}
     recipe.write_text("".join(f'{part} = "{codec}"\n' for part, codec in parts.items()))
-    options = conversion.Options(to="gguf", recipe=recipe, widen="none")
+    options = conversion.Options(to="gguf", recipe=recipe, widen="none", allow_larger=True)
     with pytest.raises(Refused, match="do not divide") as error:
         conversion.convert(tmp_path / "source", tmp_path / "out.gguf", options, silent)
     assert error.value.tensor == "blk.0.ffn_gate_exps.weight"

@@ -69,6 +69,6 @@ def test_a_codecs_sizes_are_ggmls(name: str) -> None:
     if name in ggml.TYPES:
         assert (codec.ggml_id, codec.block, codec.block_bytes) == ggml.TYPES[name]
     assert BY_GGML_ID[codec.ggml_id] is codec
-    assert codec.fits(96)
-    assert codec.fits(97) == (codec.block == 1)
-    assert codec.row_bytes(96) == 96 // codec.block * codec.block_bytes
+    assert codec.fits(768)
+    assert codec.fits(769) == (codec.block == 1)
+    assert codec.row_bytes(768) == 768 // codec.block * codec.block_bytes

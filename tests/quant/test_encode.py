@@ -61,25 +61,26 @@ def test_packed_chunks_are_passed_through_as_they_are() -> None:
     assert encode_packed(PACKED) is PACKED
 
 
-def test_q8_0_is_exact_in_rows_of_mxfp4_values_and_ggmls_in_the_others() -> None:
+def test_q8_0_is_exact_in_rows_of_mxfp4_values_and_no_worse_than_ggmls_in_the_others() -> None:
     values = PLAIN.copy()
     values[40:90] = PACKED.values()[40:90]
     chunk = rows("f32", values)
     data = encode(chunk, "q8_0", "t")
     assert np.array_equal(decoded(data, "q8_0")[40:90], values[40:90])
     theirs = ggml.encode("q8_0", values)
-    assert np.array_equal(data[:40], theirs[:40])
-    assert np.array_equal(data[90:], theirs[90:])
-    assert not np.array_equal(data[40:90], theirs[40:90])  # ggml's own rule would have lost something
+    for part in (slice(0, 40), slice(90, None)):
+        errors = [np.square(decoded(made[part], "q8_0") - values[part]).sum() for made in (data, theirs)]
+        assert errors[0] <= errors[1]
+    assert not np.array_equal(decoded(theirs[40:90], "q8_0"), values[40:90])  # ggml's own rule loses something
 
 
-def test_q5_0_is_refused_where_it_would_not_be_exact() -> None:
+def test_q5_0_is_exact_in_every_block_of_mxfp4_values_and_rounded_in_the_others() -> None:
     values = PACKED.values().copy()
     values[101, 50] = np.pi
-    with pytest.raises(Refused) as error:
-        encode(rows("f32", values), "q5_0", "blk.3.ffn_up_exps.weight", first_row=1000)
-    assert error.value.tensor == "blk.3.ffn_up_exps.weight"
-    assert "row 1101" in str(error.value.found)
+    made = decoded(encode(rows("f32", values), "q5_0", "t"), "q5_0")
+    off = np.argwhere(made != values)
+    assert set(off[:, 0]) == {101}
+    assert set(off[:, 1] // 32) == {50 // 32}
 
 
 @pytest.mark.parametrize("codec", ["q8_0", "q5_0"])
