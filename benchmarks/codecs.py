@@ -5,9 +5,10 @@
 Data, rows of 2880 values (3072 for blocks of 256): Gaussian with a spread over rows, Student's t with 3.5 degrees of
 freedom, Gaussian with one value of every 32 twelve times larger, and MXFP4-valued (the Gaussian rounded). Each is encoded
 without importance and with a log-normal one per column. Errors are relative RMS, √(Σ w (x − y)² / Σ w x²), w the
-importance or 1, of what ggml's decoder reads from the bytes of either side. Speeds are of one thread, by its processor time (other load matters less): rounds alternate
-between the two sides and the fastest of each counts; Mw/s is million weights a second. `ratio` is ours over ggml's: of an
-error below 1, of a speed above 1 is better. Some of ggml's encoders ignore importance (q8_0, mxfp4, nvfp4, q2_0).
+importance or 1, of what ggml's decoder reads from the bytes of either side. Speeds are of one thread, by its processor
+time, which other load disturbs less: rounds alternate between the two sides and the fastest of each counts; Mw/s is
+million weights a second. `ratio` is ours over ggml's: of an error below 1, of a speed above 1 is better. Some of ggml's
+encoders ignore importance (q8_0, mxfp4, nvfp4, q2_0).
 
 --first-use adds the seconds each codec takes on its first call with an empty compilation cache, in a fresh process.
 """
@@ -30,10 +31,10 @@ from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support import ggml  # noqa: E402
+from support import ggml
 
-from gptoss_convert.kernels import mxfp4  # noqa: E402
-from gptoss_convert.kernels.codecs import CODECS, Codec  # noqa: E402
+from gptoss_convert.kernels import mxfp4
+from gptoss_convert.kernels.codecs import CODECS, Codec
 
 DATA = ("gaussian", "heavy", "outlier", "mxfp4")
 _NEEDS_IMPORTANCE = {"iq2_xxs", "iq2_xs", "iq1_s"}

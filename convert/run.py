@@ -125,6 +125,7 @@ def execute(plan: Plan, output: Output, *, hashing: SourceHashing, threads: int,
     front = _Front(plan)
     for index, file in enumerate(plan.files):
         output.write(file.name, 0, file.head)
+        _clear_gaps(plan, index, output)
         front.open(index)
     workers = Workers()
     for index in done:
@@ -146,6 +147,17 @@ def execute(plan: Plan, output: Output, *, hashing: SourceHashing, threads: int,
     read = hashing.join()
     source.check_unchanged()
     return Digests(read, digests)
+
+
+def _clear_gaps(plan: Plan, index: int, output: Output) -> None:
+    """What lies between the tensors of a file is zeros, whatever an earlier run has left there."""
+    file = plan.files[index]
+    end = len(file.head)
+    ranges = sorted((place.offset, place.nbytes) for place in plan.places.values() if place.file == index)
+    for offset, nbytes in [*ranges, (file.size, 0)]:
+        if offset > end:
+            output.write(file.name, end, bytes(offset - end))
+        end = offset + nbytes
 
 
 def _verified(journal: Sequence[dict[str, Any]], plan: Plan, output: Output) -> set[int]:

@@ -45,6 +45,8 @@ class Output:
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:
+        if self.overwrite and not self.is_folder and self.target.is_dir() and not self.target.is_symlink():
+            raise TargetExists("a folder stands where a file is to be written", file=self.target)
         if not os.path.lexists(self.target) or self.overwrite or self._is_empty_folder():
             return
         raise TargetExists("the target exists", file=self.target, remedy="choose another name, or give --overwrite")
@@ -59,12 +61,10 @@ class Output:
             self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise _cannot(error, self.partial) from error
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not self._lock_journal():
             os.close(self._journal)
             self._journal = -1
-            raise TargetExists("another run is writing this target", file=self.target) from error
+            raise TargetExists("another run is writing this target", file=self.target)
         try:
             done = self._earlier(plan_digest)
             if not done:
@@ -76,25 +76,34 @@ class Output:
             raise _cannot(error, self.target) from error
         return done
 
+    def _lock_journal(self) -> bool:
+        """Whether the journal is ours now, and still the one in the folder: a run that ends may just have removed it."""
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(self._journal), (self.partial / JOURNAL).stat())
+        except OSError:
+            return False
+
     def _earlier(self, plan_digest: str) -> list[dict[str, Any]]:
-        records = []
-        with (self.partial / JOURNAL).open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if not line.endswith("\n"):
-                    break  # torn by the kill
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
-                records.append(record)
+        records, sound = [], 0
+        for line in (self.partial / JOURNAL).read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break  # torn by the kill
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            records.append(record)
+            sound += len(line)
         if not records or records[0] != {"plan": plan_digest}:
             return []
+        os.ftruncate(self._journal, sound)  # what is appended must not join a torn line
         return [record for record in records[1:] if isinstance(record, dict)]
 
     def _start_clean(self, plan_digest: str) -> None:
         for entry in self.partial.iterdir():
             if entry.name != JOURNAL:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                _remove(entry)
         os.ftruncate(self._journal, 0)
         os.lseek(self._journal, 0, os.SEEK_SET)
         self._append({"plan": plan_digest})
@@ -171,18 +180,21 @@ class Output:
     def _publish_folder(self) -> None:
         (self.partial / JOURNAL).unlink()
         _sync(self.partial)
-        replaced = None
+        replaced = self.target.parent / f".{self.target.name}.replaced"
         if os.path.lexists(self.target):
-            replaced = self.target.parent / f".{self.target.name}.replaced"
+            _remove(replaced)  # of a run that was killed between the next two lines
             self.target.rename(replaced)
         self.partial.rename(self.target)
-        if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else replaced.unlink()
+        _remove(replaced)
 
     def discard(self) -> None:
-        """Remove everything unfinished."""
+        """Remove everything unfinished, if it is ours: another run, or a killed one that may be taken up, keeps its own."""
+        if self._journal >= 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                self.partial.rmdir()  # empty: we were stopped before we had a journal
         self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
         """Close the files and give the lock back; what is unfinished stays for a later run."""
@@ -236,6 +248,14 @@ def _allocate(fd: int, size: int) -> None:
     if space.f_bavail * space.f_frsize < size - os.fstat(fd).st_blocks * 512:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(fd, size)
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -7,10 +7,10 @@
 Groups are consecutive columns of a row; a group of all columns is a channel. Codes are returned unpacked, one a byte: each
 target packs them its own way. Scales and offsets are float32 that the storage type (float16, bfloat16 or float32) holds.
 
-Minimised is Σ w (x − decoded)² of each group, w the column's importance or 1: several ranges, for each the least-squares
-scale of its integers, rounded to the storage type before it is judged; the earliest of equals. MXFP4-valued groups come back exactly in int8 of any
-storage type, their scale a power of two. Groups are brought near 1 by a power of two first, so any finite float32 will do;
-ValueError where float16 cannot hold the scale, and for offsets above 2^126.
+Minimised is Σ w (x − decoded)² of each group, w the column's importance or 1: several ranges, then least-squares scales of
+the best one's integers, each rounded to the storage type before it is judged; the earliest of equals. MXFP4-valued groups
+come back exactly in int8 of any storage type, their scale a power of two. Groups are brought near 1 by a power of two
+first, so any finite float32 will do; ValueError where float16 cannot hold the scale, and for offsets above 2^126.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gptoss_convert.kernels.floats import F32
+from gptoss_convert.kernels.lane_sums import affine_error, affine_sums, means
 from gptoss_convert.kernels.lanes import (
     F0,
     F16_MAX,
     KERNEL,
     LANES,
-    affine_error,
-    affine_sums,
     bounds,
     coarse,
     f16,
     gather,
     gather_cyclic,
     importance_blocks,
-    means,
     nearest,
     sizes,
 )
@@ -71,7 +69,12 @@ def int_decode(groups: IntGroups) -> F32:
 
 
 def int_encode(
-    values: F32, bits: int, group: int, kind: Kind = "symmetric", storage: Storage = "bf16", importance: F32 | None = None
+    values: F32,
+    bits: int,
+    group: int,
+    kind: Kind = "symmetric",
+    storage: Storage = "bf16",
+    importance: F32 | None = None,
 ) -> IntGroups:
     """f32 [R, C], C a multiple of `group`, importance f32 [C] or None → groups of `bits`-bit integers (2 to 8)."""
     values = np.ascontiguousarray(values)
@@ -82,7 +85,11 @@ def int_encode(
     codes = np.empty(blocks.shape, np.uint8)
     scales, extra = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.float32)
     w, tile = importance_blocks(importance, group)
-    x, s, q = np.empty((group, LANES), np.float32), np.empty((16, LANES), np.float32), np.empty((group, LANES), np.uint8)
+    x, s, q = (
+        np.empty((group, LANES), np.float32),
+        np.empty((16, LANES), np.float32),
+        np.empty((group, LANES), np.uint8),
+    )
     steps, exact = _steps(bits, kind, importance is not None), np.array((96, 64) if bits == 8 else (), np.float32)
     _encode(
         blocks, w, 2**bits - 1, _KIND[kind], _STORAGE[storage], steps, exact, 1 if importance is None else 2,
@@ -90,12 +97,16 @@ def int_encode(
     )  # fmt: skip
     shape = (values.shape[0], -1)
     if kind == "symmetric":
-        signed = (codes ^ np.uint8(2 ** (bits - 1))).view(np.int8) if bits == 8 else codes.view(np.int8) - np.int8(2 ** (bits - 1))
+        signed = (
+            (codes ^ np.uint8(2 ** (bits - 1))).view(np.int8)
+            if bits == 8
+            else codes.view(np.int8) - np.int8(2 ** (bits - 1))
+        )
         return IntGroups(signed.reshape(values.shape), scales.reshape(shape))
-    codes = codes.reshape(values.shape)
+    shaped = codes.reshape(values.shape)
     if kind == "zero":
-        return IntGroups(codes, scales.reshape(shape), zeros=extra.astype(np.uint8).reshape(shape))
-    return IntGroups(codes, scales.reshape(shape), offsets=extra.reshape(shape))
+        return IntGroups(shaped, scales.reshape(shape), zeros=extra.astype(np.uint8).reshape(shape))
+    return IntGroups(shaped, scales.reshape(shape), offsets=extra.reshape(shape))
 
 
 def _steps(bits: int, kind: Kind, wide: bool) -> F32:
@@ -188,7 +199,11 @@ def _search(
             if kind == 2:
                 b[k] = _store(low[k] if i < fitted else b[k], storage, unit[k])
             else:
-                zero = (high + np.float32(1)) / np.float32(2) if kind == 0 else nearest(min(-min(low[k], F0) * inverse[k], high))
+                zero = (
+                    (high + np.float32(1)) / np.float32(2)
+                    if kind == 0
+                    else nearest(min(-min(low[k], F0) * inverse[k], high))
+                )
                 b[k] = -d[k] * zero
         affine_error(x, w, d, inverse, b, high, error)
         for k in range(LANES):
@@ -199,9 +214,7 @@ def _search(
 
 
 @njit(**KERNEL)
-def _refit(
-    x: Any, w: Any, high: Any, kind: Any, best: Any, base: Any, inverse: Any, d: Any, b: Any, s: Any
-) -> None:
+def _refit(x: Any, w: Any, high: Any, kind: Any, best: Any, base: Any, inverse: Any, d: Any, b: Any, s: Any) -> None:
     """Least squares for the integers of the best candidate: d, and the offset where there is one, into d and b."""
     q1, qx, qq, sw, sv = s[0], s[1], s[2], s[3], s[4]
     for k in range(LANES):

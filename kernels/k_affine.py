@@ -4,11 +4,18 @@
 
 Minimised is Σ w (x − decoded)² over each super-block, w the column's importance or 1, by descent from a good start:
 
-1. each part by itself, real-valued: several step widths, each with its integers' least-squares scale and minimum;
-2. d and dmin put the largest of these at the top of the integers' range;
-3. for these d and dmin, each part's (scale, min) among the neighbours of the rounded real ones, judged by the loss itself;
-4. d and dmin refitted by least squares to all integers at once, rounded to float16, and 3 repeated around the last pair;
-   a super-block keeps the round that lost least.
+1. each part by itself, real-valued: several spreads of its values over the codes, each with its integers' least-squares
+   scale and minimum (`fit_parts`);
+2. d and dmin put the largest of these at the top of the integers' range, or beyond it (`first_scales`);
+3. for these d and dmin, each part's scale is tried at and around the rounded real one, with the least-squares minimum for
+   each (`scan_scales`); of several d and dmin a super-block keeps those that lose least;
+4. d and dmin are refitted by least squares to all integers at once, rounded to float16, and each part's pair of scale and
+   min is sought among the neighbours of the last (`refit`, `search_pairs`), before the refit and after; again a
+   super-block keeps what lost least.
+
+Decoding what was encoded and encoding it again need not give the same values: a part that does not use its outermost codes,
+or a super-block whose largest integer scale is not the top one, is one of many descriptions of nearly the same values. The
+second loss is a fraction of the first.
 
 Lanes of a tile (see `lanes`) are parts; consecutive lanes make a super-block.
 """
@@ -20,87 +27,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import (
-    F0,
-    KERNEL,
-    LANES,
-    TINY,
-    affine_error,
-    affine_sums,
-    bounds,
-    coarse,
-    f16,
-    invert,
-    lower,
-    means,
-    moments,
-    nearest,
-    sizes,
-    take,
-)
+from gptoss_convert.kernels.k_parts import fit_parts
+from gptoss_convert.kernels.lane_sums import affine_error, affine_sums, means
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, coarse, f16, invert, lower, nearest, sizes, take
 
 F1 = np.float32(1)
 F2 = np.float32(2)
 _KEEP_1 = np.float32(2**23 + 1)
 _EIGHTH, _TWELFTH = np.float32(1 / 8), np.float32(1 / 12)
-
-
-@njit(**KERNEL)
-def fit_parts(x: Any, w: Any, high: Any, spreads: Any, s: Any, scale: Any, minimum: Any) -> None:
-    """Step 1: real-valued scale ≥ 0 and minimum ≥ 0 (what is subtracted) of each lane.
-
-    `spreads` f32 [M, 2]: the range takes (high + the first) steps, and the least value gets minus the second as its code.
-    `s`: f32 [14, 64] of room.
-    """
-    low, span, inverse, q1, qx, qq, least, sw, sv, svv, base, a, b, error = (
-        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13],
-    )  # fmt: skip
-    bounds(x, low, span)
-    for k in range(LANES):
-        low[k] = min(low[k], F0)
-    for k in range(LANES):
-        span[k] = max(span[k] - low[k], F0)
-    moments(x, w, low, sw, sv, svv)
-    least[:] = np.float32(np.inf)
-    for i in range(spreads.shape[0]):
-        width, shift = high + spreads[i, 0], spreads[i, 1]
-        for k in range(LANES):
-            inverse[k] = width / span[k] if span[k] > TINY else F0
-        for k in range(LANES):
-            base[k] = low[k] + shift * (span[k] / width)
-        affine_sums(x, w, inverse, base, high, q1, qx, qq)
-        _line(low, base, sw, sv, q1, qx, qq, a, b)
-        _losses(a, b, sw, sv, svv, q1, qx, qq, error)
-        take(error, least, a, scale)
-        take(error, least, b, minimum)
-        lower(error, least)
-    for k in range(LANES):
-        scale[k] = max(scale[k], F0)
-    for k in range(LANES):
-        minimum[k] = max(-(low[k] + minimum[k]), F0)
-
-
-@njit(**KERNEL)
-def _line(low: Any, base: Any, sw: Any, sv: Any, q1: Any, qx: Any, qq: Any, a: Any, b: Any) -> None:
-    """Least squares x − low ≈ a q + b from the sums over x − base for q and over x − low for 1; low + b ≤ 0.
-
-    `qx` is turned into the sum over x − low. Where the q are all equal, a is NaN or infinite and so is the loss.
-    """
-    for k in range(LANES):
-        qx[k] += (base[k] - low[k]) * q1[k]
-    for k in range(LANES):
-        b[k] = min((qq[k] * sv[k] - q1[k] * qx[k]) / (sw[k] * qq[k] - q1[k] * q1[k]), -low[k])
-    for k in range(LANES):
-        a[k] = (qx[k] - b[k] * q1[k]) / qq[k]
-
-
-@njit(**KERNEL)
-def _losses(a: Any, b: Any, sw: Any, sv: Any, svv: Any, q1: Any, qx: Any, qq: Any, error: Any) -> None:
-    """Σ w (x − low − a q − b)² of each lane."""
-    for k in range(LANES):
-        error[k] = svv[k] + a[k] * (a[k] * qq[k] - F2 * qx[k])
-    for k in range(LANES):
-        error[k] += b[k] * (b[k] * sw[k] - F2 * sv[k] + F2 * a[k] * q1[k])
 
 
 @njit(**KERNEL)
@@ -125,7 +59,19 @@ def _scales(step: Any, top: Any, d: Any, a0: Any, trial: Any, unit: Any, inverse
 
 @njit(**KERNEL)
 def search_pairs(
-    x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, moves: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
+    x: Any,
+    w: Any,
+    high: Any,
+    top: Any,
+    d: Any,
+    dmin: Any,
+    moves: Any,
+    s: Any,
+    a0: Any,
+    b0: Any,
+    a: Any,
+    b: Any,
+    least: Any,
 ) -> None:
     """Step 3: the best integers (a, b) of each lane among (a0, b0) moved by `moves` f32 [M, 2], and their loss."""
     ta, tb, unit, inverse, base, error = s[0], s[1], s[2], s[3], s[4], s[5]
@@ -145,7 +91,19 @@ def search_pairs(
 
 @njit(**KERNEL)
 def scan_scales(
-    x: Any, w: Any, high: Any, top: Any, d: Any, dmin: Any, steps: Any, s: Any, a0: Any, b0: Any, a: Any, b: Any, least: Any
+    x: Any,
+    w: Any,
+    high: Any,
+    top: Any,
+    d: Any,
+    dmin: Any,
+    steps: Any,
+    s: Any,
+    a0: Any,
+    b0: Any,
+    a: Any,
+    b: Any,
+    least: Any,
 ) -> None:
     """Step 3, first half: for each scale a0 + step, the minimum refitted by least squares; the best pair and its loss."""
     ta, tb, unit, inverse, base, error, q1, start, sw, sv = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]
@@ -200,7 +158,7 @@ def refit(x: Any, w: Any, high: Any, parts: Any, a: Any, b: Any, s: Any, d: Any,
             ra += a[k] * qx[k]
             rb += b[k] * sv[k]
         det = aa * bb - ab * ab
-        new, change = np.float64(d[start]), 0.0
+        new, change = 1.0 * d[start], 0.0
         if det > 1e-9 * aa * bb:
             new, change = (ra * bb - ab * rb) / det, (ab * ra - aa * rb) / det
         elif aa > 0:
@@ -243,26 +201,37 @@ def exact_parts(
 
 @njit(**KERNEL)
 def encode_parts(
-    x: Any, w: Any, high: Any, top: Any, parts: Any, spreads: Any, wide: Any, near: Any, rounds: Any, flag: Any, s: Any, best: Any
+    x: Any,
+    w: Any,
+    high: Any,
+    top: Any,
+    parts: Any,
+    spreads: Any,
+    starts: Any,
+    wide: Any,
+    near: Any,
+    flag: Any,
+    s: Any,
+    best: Any,
 ) -> None:
     """Steps 1 to 4 of one tile. `best` f32 [4, 64] receives d, dmin and the integers of scale and min of each lane."""
     room, scale, minimum, d, dmin, a, b, least, a0, b0, total = (
         s[:14], s[14], s[15], s[16], s[17], s[18], s[19], s[20], s[21], s[22], s[23],
     )  # fmt: skip
     fit_parts(x, w, high, spreads, room, scale, minimum)
-    first_scales(scale, minimum, parts, top, d, dmin)
-    for k in range(LANES):
-        a0[k] = nearest(min(scale[k] / d[k], top)) if d[k] > F0 else F0
-        b0[k] = nearest(min(minimum[k] / dmin[k], top)) if dmin[k] > F0 else F0
-    scan_scales(x, w, high, top, d, dmin, wide, room, a0, b0, a, b, least)
-    a0[:] = a
-    b0[:] = b
-    search_pairs(x, w, high, top, d, dmin, near, room, a0, b0, a, b, least)
-    keep(parts, True, least, total, d, dmin, a, b, best)
-    for _ in range(rounds):
-        refit(x, w, high, parts, a, b, room, d, dmin)
-        a0[:] = a
-        b0[:] = b
+    for i in range(starts.size):
+        first_scales(scale, minimum, parts, top / starts[i], d, dmin)
+        for k in range(LANES):
+            a0[k] = nearest(min(scale[k] / d[k], top)) if d[k] > F0 else F0
+        for k in range(LANES):
+            b0[k] = nearest(min(minimum[k] / dmin[k], top)) if dmin[k] > F0 else F0
+        scan_scales(x, w, high, top, d, dmin, wide, room, a0, b0, a, b, least)
+        keep(parts, i == 0, least, total, d, dmin, a, b, best)
+    d[:], dmin[:], a[:], b[:] = best[0], best[1], best[2], best[3]
+    for turn in range(2):
+        if turn == 1:
+            refit(x, w, high, parts, a, b, room, d, dmin)
+        a0[:], b0[:] = a, b
         search_pairs(x, w, high, top, d, dmin, near, room, a0, b0, a, b, least)
         keep(parts, False, least, total, d, dmin, a, b, best)
     if high > 24 and exact_parts(x, w, high, parts, flag, room, d, dmin, a, b, least):

@@ -63,7 +63,7 @@ def _moves(scale: int, minimum: int) -> NDArray[np.float32]:
 @dataclass(frozen=True)
 class _Affine:
     """`bits` of q, the largest integer scale `top`, values a part; what is tried, see `k_affine`, without and with
-    importance: spreads, scales, pairs."""
+    importance: spreads, starts, scales, pairs."""
 
     bits: int
     top: int
@@ -89,10 +89,10 @@ def _f32(*numbers: float) -> NDArray[np.float32]:
 
 _WIDTHS = [(width, 0) for width in (0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75, -1, 1)]
 _SHIFTED = [(width, shift) for shift in (0.5, 1, -0.5) for width in (0, -0.5, 0.5, -1, 1)]
-_FEW, _MANY = np.array(_WIDTHS, np.float32), np.array(_WIDTHS + [(-1.5, 0), (-2, 0)] + _SHIFTED, np.float32)
-_2_BITS = ((_FEW, _nearest_first(6), _moves(2, 2)), (_MANY, _nearest_first(6), _moves(3, 3)))
-_4_BITS = ((_MANY, _nearest_first(12), _moves(2, 2)), (_MANY, _nearest_first(12), _moves(3, 3)))
-_5_BITS = ((_FEW, _nearest_first(12), _moves(2, 2)), (_MANY, _nearest_first(12), _moves(3, 3)))
+_FEW, _MANY = np.array(_WIDTHS, np.float32), np.array([*_WIDTHS, (-1.5, 0), (-2, 0), *_SHIFTED], np.float32)
+_2_BITS = ((_FEW, _f32(1), _nearest_first(6), _moves(2, 2)), (_MANY, _f32(1, 0.75), _nearest_first(6), _moves(2, 2)))
+_4_BITS = ((_MANY, _f32(1), _nearest_first(12), _moves(2, 2)), (_MANY, _f32(1), _nearest_first(12), _moves(3, 3)))
+_5_BITS = ((_FEW, _f32(1), _nearest_first(12), _moves(2, 2)), (_MANY, _f32(1), _nearest_first(12), _moves(3, 3)))
 _3_FACTORS = _f32(4, 3.5, 4.5, -3.5, 3, 5, -3, 3.75, 4.25, 2.5)
 _3_BITS = ((_3_FACTORS[:4], _nearest_first(4), _nearest_first(1)), (_3_FACTORS, _nearest_first(8), _nearest_first(8)))
 _6_FACTORS = _f32(32, *(32 + 0.64 * i for i in range(-6, 7) if i))
@@ -153,7 +153,7 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
 
 @njit(**KERNEL)
 def _affine(
-    blocks: Any, importance: Any, high: Any, top: Any, limit: Any, spreads: Any, wide: Any, near: Any,
+    blocks: Any, importance: Any, high: Any, top: Any, limit: Any, spreads: Any, starts: Any, wide: Any, near: Any,
     x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
     parts = BLOCK // blocks.shape[1]
@@ -164,7 +164,7 @@ def _affine(
         bad = first_above(x, limit)
         if bad >= 0:
             return first + bad
-        k_affine.encode_parts(x, w, high, top, parts, spreads, wide, near, 1, flag, s, best)
+        k_affine.encode_parts(x, w, high, top, parts, spreads, starts, wide, near, flag, s, best)
         for k in range(LANES):
             unit = best[0, k] * best[2, k]
             s[0, k] = np.float32(1) / unit if unit > F0 else F0
@@ -174,7 +174,9 @@ def _affine(
                 q[j, k] = np.int32(nearest(min(max((x[j, k] + s[1, k]) * s[0, k], F0), high)))
         for k in range(0, min(LANES, blocks.shape[0] - first), parts):
             d, dmin = f16_bits(best[0, k], words[0, k]), f16_bits(best[1, k], words[1, k])
-            pack(q[:, k : k + parts], best[2, k : k + parts], best[3, k : k + parts], d, dmin, out[(first + k) // parts])
+            pack(
+                q[:, k : k + parts], best[2, k : k + parts], best[3, k : k + parts], d, dmin, out[(first + k) // parts]
+            )
     return -1
 
 
@@ -247,7 +249,9 @@ def q6_k_decode(rows: U8) -> F32:
 
 def _decode(rows: U8, size: int, d_at: int, dmin_at: int) -> F32:
     blocks = np.ascontiguousarray(rows).reshape(-1, size)
-    d, dmin = (np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32) for at in (d_at, dmin_at))
+    d, dmin = (
+        np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32) for at in (d_at, dmin_at)
+    )
     out = np.empty((len(blocks), BLOCK), np.float32)
     unpack(blocks, d, dmin, out)
     return out.reshape(rows.shape[0], -1)

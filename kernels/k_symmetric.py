@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, invert, lower, nearest, peaks, symmetric_error, symmetric_sums, take
+from gptoss_convert.kernels.lane_sums import symmetric_error, symmetric_sums
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, invert, lower, nearest, peaks, take
 
 F1 = np.float32(1)
 PARTS = 16  # lanes a super-block
@@ -117,7 +118,18 @@ def refit(x: Any, w: Any, low: Any, high: Any, a: Any, s: Any, d: Any) -> None:
 
 @njit(**KERNEL)
 def encode_parts(
-    x: Any, w: Any, low: Any, high: Any, ends: Any, factors: Any, wide: Any, near: Any, signs: Any, flag: Any, s: Any, best: Any
+    x: Any,
+    w: Any,
+    low: Any,
+    high: Any,
+    ends: Any,
+    factors: Any,
+    wide: Any,
+    near: Any,
+    signs: Any,
+    flag: Any,
+    s: Any,
+    best: Any,
 ) -> None:
     """Steps 1 to 4 of one tile. `ends` f32 [2]: least and largest scale; `best` f32 [2, 64] receives d and the scales."""
     room, scale, d, a, loss, a0, total = s[:6], s[6], s[7], s[8], s[9], s[10], s[11]

@@ -23,31 +23,24 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gptoss_convert.kernels.block_search import all_zero, by_loss, exact_affine, search_affine, search_symmetric
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.lane_sums import affine_error, symmetric_error
 from gptoss_convert.kernels.lanes import (
     F0,
     F16_MAX,
     KERNEL,
     LANES,
-    affine_error,
-    affine_sums,
     bounds,
     coarse,
-    f16,
     f16_bits,
     gather,
     gather_cyclic,
-    nearest,
-    peaks,
-    symmetric_error,
-    symmetric_sums,
-    take,
     importance_blocks,
     invert,
-    lower,
-    means,
+    nearest,
+    peaks,
     refuse_size,
-    TINY,
 )
 
 BLOCK = 32
@@ -76,9 +69,9 @@ def _around(centre: float, step: float, count: int) -> tuple[float, ...]:
 
 
 # `exact` puts the largest magnitude f steps from zero in all of them, and is tried on blocks of few significant bits alone.
-Q4_0 = _Layout(2, 4, -8, 7, (8, 7.5, 8.5, 7), (8, 7, *_around(8, 0.1, 12)))
-Q5_0 = _Layout(2, 5, -16, 15, (16, 15.3, 16.4, 15), (16, 15, *_around(16, 0.15, 14)), (12, 8))
-Q8_0 = _Layout(2, 8, -128, 127, (127, 125), (127, 126, 124.5, 123), (96, 64))
+Q4_0 = _Layout(2, 4, -8, 7, (8, 7.3, 8.6), (8, 7, *_around(8, 0.1, 12)))
+Q5_0 = _Layout(2, 5, -16, 15, (16, 15, 16.5), (16, 15, *_around(16, 0.15, 14)), (12, 8))
+Q8_0 = _Layout(2, 8, -128, 127, (127, 125), (127, 125, 123.2), (96, 64))
 Q4_1 = _Layout(4, 4, 0, 15, (15,), (15, 14, *_around(15, 0.3, 7)))
 Q5_1 = _Layout(4, 5, 0, 31, (31,), (31, 30, *_around(31, 0.6, 6)), (12, 8))
 _SHIFTS = (0, -0.5, 0.5, 1)  # of the least value's code, with importance
@@ -131,9 +124,9 @@ def _symmetric(
                 return first + k
         some = exact.size > 0 and coarse(x, flag)
         if some:
-            _by_loss(x, w, exact, low, high, peak, best, inverse, s[4], s[5], s[6])
-        if not some or not _all_zero(s[4], flag):
-            _search(x, w, factors, rounds, bits, low, high, peak, s[7], inverse, s[8], s[5], s[6])
+            by_loss(x, w, exact, low, high, peak, best, inverse, s[4], s[5], s[6])
+        if not some or not all_zero(s[4], flag):
+            search_symmetric(x, w, factors, rounds, bits, low, high, peak, s[7], inverse, s[8], s[5], s[6])
             if some:
                 invert(s[7], inverse)
                 symmetric_error(x, w, s[7], inverse, low, high, s[8])
@@ -150,87 +143,6 @@ def _symmetric(
             out[first + k, 0], out[first + k, 1] = word & np.uint16(255), word >> np.uint16(8)
         _pack(q, bits, 2, first, count, out)
     return -1
-
-
-@njit(**KERNEL)
-def by_gain(
-    x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, most: Any, qx: Any, qq: Any
-) -> None:
-    """The candidates −peak/f, each with its least-squares scale qx/qq: the loss is Σ w x² − qx²/qq."""
-    most[:] = F0
-    for k in range(LANES):
-        best[k] = peak[k] / low
-    for i in range(factors.size):
-        factor = -factors[i]
-        for k in range(LANES):
-            inverse[k] = factor / peak[k] if abs(peak[k]) > TINY else F0
-        symmetric_sums(x, w, inverse, low, high, qx, qq)
-        for k in range(LANES):
-            qq[k] = qx[k] / qq[k] if qq[k] > F0 else F0
-        for k in range(LANES):
-            qx[k] *= -qq[k]  # least first, as losses are
-        take(qx, most, qq, best)
-        lower(qx, most)
-    for k in range(LANES):
-        best[k] = f16(best[k])
-
-
-@njit(**KERNEL)
-def refit(
-    x: Any, w: Any, rounds: Any, low: Any, high: Any, best: Any, inverse: Any, least: Any, d: Any, qq: Any
-) -> None:
-    """Least squares again for the integers of the best scale as float16 holds it; kept where it loses less."""
-    if rounds == 0:
-        return
-    invert(best, inverse)
-    symmetric_error(x, w, best, inverse, low, high, least)
-    for _ in range(rounds):
-        invert(best, inverse)
-        symmetric_sums(x, w, inverse, low, high, d, qq)
-        for k in range(LANES):
-            d[k] = f16(d[k] / qq[k]) if qq[k] > F0 else best[k]
-        invert(d, inverse)
-        symmetric_error(x, w, d, inverse, low, high, qq)
-        take(qq, least, d, best)
-        lower(qq, least)
-
-
-@njit(**KERNEL)
-def _by_loss(
-    x: Any, w: Any, factors: Any, low: Any, high: Any, peak: Any, best: Any, inverse: Any, least: Any, d: Any, error: Any
-) -> None:
-    """The candidates −peak/f as float16 holds them, judged as they are."""
-    least[:] = np.float32(np.inf)
-    for i in range(factors.size):
-        factor = -factors[i]
-        for k in range(LANES):
-            d[k] = f16(peak[k] / factor)
-        invert(d, inverse)
-        symmetric_error(x, w, d, inverse, low, high, error)
-        take(error, least, d, best)
-        lower(error, least)
-
-
-@njit(**KERNEL)
-def _all_zero(loss: Any, flag: Any) -> Any:
-    result = True
-    for k in range(LANES):
-        result &= flag[k] and loss[k] == F0
-    return result
-
-
-@njit(**KERNEL)
-def _search(
-    x: Any, w: Any, factors: Any, rounds: Any, bits: Any, low: Any, high: Any, peak: Any,
-    best: Any, inverse: Any, least: Any, d: Any, error: Any,
-) -> None:  # fmt: skip
-    """The best scale of each lane."""
-    if bits == 8:  # losses are too small beside Σ w x² to be told by a difference
-        _by_loss(x, w, factors, low, high, peak, best, inverse, least, d, error)
-        refit(x, w, 1, low, high, best, inverse, least, d, error)
-    else:
-        by_gain(x, w, factors, low, high, peak, best, inverse, least, d, error)
-        refit(x, w, rounds, low, high, best, inverse, least, d, error)
 
 
 def q4_1_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -251,7 +163,11 @@ def _encode_affine(values: F32, importance: F32 | None, layout: _Layout) -> U8:
     factors = np.array(pairs, np.float32)
     w, tile = importance_blocks(importance, BLOCK)
     high, limit = np.float32(layout.high), np.float32(F16_MAX)
-    x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((20, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
+    x, s, q = (
+        np.empty((BLOCK, LANES), np.float32),
+        np.empty((20, LANES), np.float32),
+        np.empty((BLOCK, LANES), np.uint8),
+    )
     bad = _affine(
         blocks, w, factors, np.array(layout.exact, np.float32), 0 if importance is None else 1, high, limit,
         layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
@@ -276,11 +192,11 @@ def _affine(
                 return first + k
         some = exact.size > 0 and coarse(x, flag)
         if some:
-            _exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9])
-        if some and _all_zero(s[7], flag):
+            exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9])
+        if some and all_zero(s[7], flag):
             best[:], base[:] = s[5], s[6]
         else:
-            _search_affine(x, w, factors, rounds, high, low, span, best, base, inverse, s[8:])
+            search_affine(x, w, factors, rounds, high, low, span, best, base, inverse, s[8:])
             if some:
                 invert(best, inverse)
                 affine_error(x, w, best, inverse, base, high, s[8])
@@ -298,69 +214,6 @@ def _affine(
                 out[first + k, 2 * i], out[first + k, 2 * i + 1] = word & np.uint16(255), word >> np.uint16(8)
         _pack(q, bits, 4, first, count, out)
     return -1
-
-
-@njit(**KERNEL)
-def _search_affine(
-    x: Any, w: Any, factors: Any, rounds: Any, high: Any, low: Any, top: Any, best: Any, base: Any, inverse: Any, s: Any
-) -> None:
-    start, least, sw, sv, q1, qx, qq, d, mean, a, b, loss = (
-        s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
-    )  # fmt: skip
-    means(x, w, low, sw, sv)
-    least[:] = np.float32(np.inf)
-    for i in range(factors.shape[0] + rounds):
-        if i >= factors.shape[0]:  # the integers of the best so far
-            d[:], start[:] = best, base
-            least[:] = np.float32(np.inf)
-        else:
-            steps, shift = factors[i, 0], factors[i, 1]
-            for k in range(LANES):
-                d[k] = (top[k] - low[k]) / steps
-            for k in range(LANES):
-                start[k] = low[k] + shift * d[k]
-        for k in range(LANES):
-            inverse[k] = np.float32(1) / d[k] if d[k] > TINY else F0
-        affine_sums(x, w, inverse, start, high, q1, qx, qq)
-        for k in range(LANES):
-            mean[k] = sv[k] - (start[k] - low[k]) * sw[k]  # Σ w (x − start)
-        for k in range(LANES):
-            loss[k] = sw[k] * qq[k] - q1[k] * q1[k]
-        for k in range(LANES):
-            a[k] = max((sw[k] * qx[k] - mean[k] * q1[k]) / loss[k], F0) if loss[k] > F0 else F0
-        for k in range(LANES):
-            b[k] = (mean[k] - a[k] * q1[k]) / sw[k] if sw[k] > F0 else F0
-        # What the line takes off Σ w (x − low)², of which the shift is the first part; negative, as of a loss.
-        for k in range(LANES):
-            loss[k] = (low[k] - start[k]) * (sv[k] + mean[k]) - a[k] * qx[k] - b[k] * mean[k]
-        for k in range(LANES):
-            b[k] += start[k]
-        take(loss, least, a, best)
-        take(loss, least, b, base)
-        lower(loss, least)
-    for k in range(LANES):
-        best[k] = f16(best[k])
-    for k in range(LANES):
-        base[k] = f16(base[k])
-
-
-@njit(**KERNEL)
-def _exact_affine(
-    x: Any, w: Any, factors: Any, high: Any, low: Any, top: Any,
-    best: Any, base: Any, inverse: Any, least: Any, d: Any, error: Any,
-) -> None:  # fmt: skip
-    """Scales that put the largest magnitude f steps from zero, the least value at code 0."""
-    least[:] = np.float32(np.inf)
-    for k in range(LANES):
-        base[k] = f16(low[k])
-    for i in range(factors.size):
-        factor = factors[i]
-        for k in range(LANES):
-            d[k] = f16(max(-low[k], top[k]) / factor)
-        invert(d, inverse)
-        affine_error(x, w, d, inverse, base, high, error)
-        take(error, least, d, best)
-        lower(error, least)
 
 
 @njit(**KERNEL)

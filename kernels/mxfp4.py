@@ -176,7 +176,20 @@ def encode(values: F32, importance: F32 | None = None) -> tuple[U8, U8]:
     x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((4, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
     best = np.empty((2, LANES), np.int64)
     flat = np.ascontiguousarray(values).reshape(-1, BLOCK)
-    _encode(flat, w, moves, _INVERSE, x, tile, s, s.view(np.uint32), best, q, blocks.reshape(-1, CODE_BYTES), scales.reshape(-1))
+    _encode(
+        flat,
+        w,
+        moves,
+        _INVERSE,
+        x,
+        tile,
+        s,
+        s.view(np.uint32),
+        best,
+        q,
+        blocks.reshape(-1, CODE_BYTES),
+        scales.reshape(-1),
+    )
     return blocks, scales
 
 
@@ -217,7 +230,7 @@ def _encode(
 
 
 def nearest_reference(values: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
-    """Each value rounded to the nearest of E2M1 · 2^(scale − 127), by trying all sixteen; the specification of `e2m1.magnitude`."""
+    """Each value rounded to the nearest of E2M1 · 2^(scale − 127), by trying all sixteen; specifies `e2m1.magnitude`."""
     grid = E2M1.astype(np.float64) * 2.0 ** (scale - 127)
     # The stable sort order (mantissa 0 first) breaks ties towards even codes.
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7, 10, 12, 14, 9, 11, 13, 15])

@@ -4,12 +4,12 @@
     value = E2M1[code] · E4M3[scale]                       (times the tensor's own float32 scale, which is stored apart)
 
 Scales are positive: codes 1 to 7 are multiples of 2^-9, 8 to 126 are (1 + mantissa/8) · 2^(exponent − 7) up to 448; 0 and
-127 (NaN by OCP) decode to zero as in ggml, which ignores bit 7. A tensor's values divided by `tensor_scale` use the whole range of scales; without one
-the weights of a language model fall among the coarse small scales.
+127 (NaN by OCP) decode to zero as in ggml, which ignores bit 7. A tensor's values divided by `tensor_scale` use the whole
+range of scales; without one the weights of a language model fall among the coarse small scales.
 
-The encoder tries, for each part, the E4M3 scales from just under amax/6 to just over amax/4 and keeps the one that loses
-least (Σ w (x − decoded)²). MXFP4-valued parts come back exactly where their power of two is an E4M3 scale: then amax is
-6, 4 or 3·2^k, 2^k times it, and amax/6 or amax/4 a power of two that is tried.
+The encoder tries, for each part, the E4M3 scales from just under amax/6 to past amax/4 and keeps the one that loses least
+(Σ w (x − decoded)²). MXFP4-valued parts come back exactly where their power of two is an E4M3 scale: amax is then 4·2^k or
+6·2^k of some power of two that is tried. What was decoded from NVFP4 encodes to the same values.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def nvfp4_encode(values: F32, importance: F32 | None = None) -> U8:
     x, s, q = np.empty((PART, LANES), np.float32), np.empty((4, LANES), np.float32), np.empty((PART, LANES), np.uint8)
     with np.errstate(divide="ignore"):
         inverses = np.where(SCALES > 0, 1 / SCALES, 0).astype(np.float32)
-    bad = _encode(parts, w, _MOVES, SCALES, inverses, x, tile, s, s.view(np.uint32), np.empty((2, LANES), np.int64), q, out)
+    bad = _encode(
+        parts, w, _MOVES, SCALES, inverses, x, tile, s, s.view(np.uint32), np.empty((2, LANES), np.int64), q, out
+    )
     refuse_size(bad, values, PART, "an E4M3 scale")
     return out.reshape(values.shape[0], -1)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gptoss_convert.kernels.block_search import by_gain, refit
 from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.lanes import (
     F16_MAX,
@@ -28,12 +29,11 @@ from gptoss_convert.kernels.lanes import (
     peaks,
     refuse_size,
 )
-from gptoss_convert.kernels.legacy_blocks import by_gain, refit
 
 BLOCK = 64
 BLOCK_BYTES = 18  # d, codes
 LOW, HIGH = np.float32(-1), np.float32(2)
-_FACTORS = np.array([-2, -2.5, -3.2, -1.6, 2, 2.5, 1.6, 1], np.float32)  # minus where the largest value lands
+_FACTORS = np.array([-2, -2.5, -3.2, 2, 2.5, 1.6], np.float32)  # minus where the largest value lands
 
 
 def q2_0_encode(values: F32, importance: F32 | None = None) -> U8:
@@ -71,7 +71,10 @@ def _encode(
                 q[j, k] = np.int32(nearest(min(max(x[j, k] * inverse[k], LOW), HIGH)) - LOW)
         for j in range(16):
             for k in range(LANES):
-                low, high = q[4 * j, k] | (q[4 * j + 1, k] << np.uint8(2)), q[4 * j + 2, k] | (q[4 * j + 3, k] << np.uint8(2))
+                low, high = (
+                    q[4 * j, k] | (q[4 * j + 1, k] << np.uint8(2)),
+                    q[4 * j + 2, k] | (q[4 * j + 3, k] << np.uint8(2)),
+                )
                 q[j, k] = low | (high << np.uint8(4))
         for k in range(min(LANES, blocks.shape[0] - first)):
             word = f16_bits(best[k], words[2, k])

@@ -9,10 +9,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from support import ggml
 
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.codecs import CODECS
-from support import ggml
 
 DATA = ("gauss", "heavy", "outlier", "mxfp4")
 WITHOUT_DEFAULT = ("iq2_xxs", "iq2_xs")  # ggml refuses these without importance
@@ -27,7 +27,7 @@ def data(kind: str, rows: int, columns: int, seed: int = 1) -> np.ndarray:
         values = rng.standard_t(4, size=(rows, columns)) * spread
     if kind == "outlier":
         blocks = values.reshape(rows, -1, 32)
-        place = rng.integers(0, 32, blocks.shape[:2] + (1,))
+        place = rng.integers(0, 32, (*blocks.shape[:2], 1))
         np.put_along_axis(blocks, place, 10 * np.take_along_axis(blocks, place, 2), 2)
     values = values.astype(np.float32)
     return mxfp4.decode(*mxfp4.encode(values)) if kind == "mxfp4" else values
