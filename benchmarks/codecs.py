@@ -10,7 +10,7 @@ time, which other load disturbs less: rounds alternate between the two sides and
 million weights a second. `ratio` is ours over ggml's: of an error below 1, of a speed above 1 is better. Some of ggml's
 encoders ignore importance (q8_0, mxfp4, nvfp4, q2_0).
 
---first-use adds the seconds each codec takes on its first call with an empty compilation cache, in a fresh process.
+--first-use adds the processor seconds each codec takes on its first call with an empty compilation cache, in a fresh process.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from gptoss_convert.kernels.codecs import CODECS
 codec, times = CODECS["{name}"], []
 values = np.random.default_rng(0).standard_normal((2, 12 * codec.block)).astype(np.float32)
 for importance in (None, np.ones(12 * codec.block, np.float32)):
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         codec.encode(values, importance)
     except ValueError:
         pass
-    times.append(time.perf_counter() - start)
+    times.append(time.process_time() - start)
 print(json.dumps(times))
 """
 

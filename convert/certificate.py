@@ -9,7 +9,7 @@ import hashlib
 from typing import Any
 
 from gptoss_convert import __version__
-from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, companion_bytes
+from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, ReadOnce, companion_bytes
 from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.convert.plan import Plan
 from gptoss_convert.convert.proof import DIFFERENT, Proof
@@ -53,15 +53,22 @@ def _source(source: Source, digests: Digests) -> dict[str, Any]:
     for file in source.files:
         digest = digests.source[file.name]
         files.append({"name": file.name, "size": file.size, "sha256": digest, "official": official_name_of(digest)})
+    weights = all(file["official"] for file in files)
+    parts = [_companion(source, name) for name in (TOKENIZER, TEMPLATE)]
+    config = None
+    if source.config_sha256 is not None:
+        config = {"sha256": source.config_sha256, "official": official_name_of(source.config_sha256)}
     return {
         "layout": str(source.layout),
         "revision": source.revision,
         "model": source.config.release,
         "parameters": source.config.parameters,
-        "official": all(file["official"] for file in files),
+        "official": bool(weights and config and config["official"] and all(p is None or p["official"] for p in parts)),
+        "official_weights": weights,
         "files": files,
-        "tokenizer": _companion(source, TOKENIZER),
-        "template": _companion(source, TEMPLATE),
+        "config": config,
+        "tokenizer": parts[0],
+        "template": parts[1],
         "notes": source.notes,
         "losses": source.losses,
     }
@@ -69,7 +76,7 @@ def _source(source: Source, digests: Digests) -> dict[str, Any]:
 
 def _companion(source: Source, name: str) -> dict[str, Any] | None:
     companion = source.companions.get(name)
-    if companion is None or callable(companion):
+    if not isinstance(companion, bytes | ReadOnce):
         return None  # none, or only arrays from which one could be made
     digest = hashlib.sha256(companion_bytes(companion)).hexdigest()
     return {"name": name, "sha256": digest, "official": official_name_of(digest)}

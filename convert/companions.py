@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.files import SourceFile
@@ -23,23 +24,38 @@ NAMES = (
     "LICENSE",
     "USAGE_POLICY",
 )
-Companion = Path | bytes | Callable[[], bytes]
+Companion = bytes | Callable[[], bytes]
 MAX_BYTES = 128 << 20
 
 
+class ReadOnce:
+    """A file read when it is first needed and kept: what is used, digested and copied is one and the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = Lock()
+        self._data: bytes | None = None
+
+    def __call__(self) -> bytes:
+        with self._lock:
+            if self._data is None:
+                self._data = _read(self.path)
+            return self._data
+
+
 def collect_companions(folder: Path) -> dict[str, Companion]:
-    """The companion files of a folder: name → path to read, links resolved by the rules of `tree.walk`."""
+    """The companion files of a folder by name, links resolved by the rules of `tree.walk`."""
     found = {entry.name: entry.path for entry in walk(folder)}
-    return {name: found[name] for name in NAMES if name in found}
+    return {name: ReadOnce(found[name]) for name in NAMES if name in found}
 
 
 def companion_bytes(companion: Companion) -> bytes:
     """The bytes of a companion: read from its file, or made when it is rebuilt from what the source holds."""
-    if isinstance(companion, bytes):
-        return companion
-    if not isinstance(companion, Path):
-        return companion()
-    with SourceFile(companion) as file:
+    return companion if isinstance(companion, bytes) else companion()
+
+
+def _read(path: Path) -> bytes:
+    with SourceFile(path) as file:
         if file.size > MAX_BYTES:
-            raise BadInput("a small file is unreasonably large", file=companion, found=file.size)
+            raise BadInput("a small file is unreasonably large", file=path, found=file.size)
         return bytes(file.read(0, file.size))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
+from gptoss_convert.convert.companions import ReadOnce
 from gptoss_convert.convert.forecast import require_sense
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
@@ -24,7 +25,7 @@ from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
@@ -212,13 +213,13 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     """Convert; the artifact, proved, stands under its name when this returns."""
     target = target.absolute()
     folder = options.to != "gguf" or options.split_bytes is not None
-    if path.resolve().is_relative_to(target.resolve()):
-        raise UsageError("the output would take the place of its source", found=target, expected="another place")
     with (
         Output(target, folder=folder, overwrite=options.overwrite) as output,
         open_for(path, options) as source,
+        _noticing_changes(source),
         _base(options) as release,
     ):
+        _protect_inputs(target, path, options, *(s for s in (source, release) if s is not None))
         with SourceHashing(source) as hashing:
             plan = make_plan(source if release is None else rebase(source, release), target, options)
             threads = thread_count(plan, options.threads)
@@ -239,6 +240,32 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         else:
             output.publish({file_name(target.name): data})
     return Outcome(target, plan, digests, proof, document)
+
+
+@contextmanager
+def _noticing_changes(source: Source) -> Iterator[None]:
+    """Where a source changed under the run, that is what is told, and not what came of it."""
+    try:
+        yield
+    except (BadInput, Refused, ProofFailed):
+        source.check_unchanged()
+        raise
+
+
+def _protect_inputs(target: Path, path: Path, options: Options, *sources: Source) -> None:
+    """Refuse a target that is, or holds, anything the conversion reads."""
+    read = [path, *(p for p in (options.tokenizer, options.base, options.recipe) if p is not None)]
+    for source in sources:
+        read.extend(file.path for file in source.files)
+        read.extend(c.path for c in source.companions.values() if isinstance(c, ReadOnce))
+    place = target.resolve()
+    taken = next((p for p in read if p.resolve().is_relative_to(place)), None)
+    if taken is not None:
+        raise UsageError(
+            "the output would take the place of what it is made from",
+            found=taken,
+            expected=f"something outside {target}",
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, companion_bytes
+from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, ReadOnce, companion_bytes
 from gptoss_convert.convert.official import OPENAI, load, official_name_of
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.errors import GptOssError
@@ -94,8 +94,8 @@ def _templates(source: Source, beside: list[TreeFile], odd: list[Oddity]) -> Ite
             yield key, value.value.encode("utf-8", "surrogateescape")
     if source.layout is Layout.GGUF:
         return
-    files = {file.name: file.path for file in beside if file.name.startswith("additional_chat_templates/")}
-    files |= {file.name: file.path for file in beside if file.name == "chat_template.json"}
+    files = {file.name: ReadOnce(file.path) for file in beside if file.name.startswith("additional_chat_templates/")}
+    files |= {file.name: ReadOnce(file.path) for file in beside if file.name == "chat_template.json"}
     for name, companion in {**source.companions, **files}.items():
         try:
             if name.endswith(".jinja"):

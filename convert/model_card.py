@@ -13,10 +13,21 @@ from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.gguf import Value, ValueType, array, string, u32
 
 MAX_FRONT_MATTER = 64 << 10
+_NULLS = frozenset({"", "~", "null", "Null", "NULL"})
+_LISTS = frozenset(
+    {
+        "tags", "pipeline_tag", "language", "languages", "base_model", "base_models", "base_model_sources", "dataset",
+        "datasets", "dataset_sources",
+    }
+)  # fmt: skip
 
 
-def front_matter(card: bytes) -> dict[str, Any]:
-    """The YAML table between the two `---` lines at the top of a card; empty where there is none."""
+def front_matter(card: bytes) -> dict[str, str | list[str]]:
+    """The YAML table between the two `---` lines at the top of a card; empty where there is none.
+
+    Every scalar is the text that stands there (`no`, `2024` and `1.0` are no other things), and so are a list's items.
+    What is empty, null or of another shape has no place among a GGUF's keys and is left out.
+    """
     import yaml
 
     text = card[:MAX_FRONT_MATTER].decode("utf-8", "replace").replace("\r\n", "\n")
@@ -26,10 +37,24 @@ def front_matter(card: bytes) -> dict[str, Any]:
     if "&" in matter and "*" in matter:
         return {}  # anchors and aliases have no place in a card and can be nested into something enormous
     try:
-        table = yaml.safe_load(matter)
+        table = yaml.load(matter, yaml.BaseLoader)  # knows texts, lists and tables only, and runs no tag
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise BadInput("the model card's front matter is not YAML", file="README.md", found=str(error)[:200]) from error
-    return table if isinstance(table, dict) else {}
+    if not isinstance(table, dict):
+        return {}
+    plain = {key: _plain(key, value) for key, value in table.items() if isinstance(key, str)}
+    return {key: value for key, value in plain.items() if value}
+
+
+def _plain(key: str, value: object) -> str | list[str] | None:
+    if isinstance(value, str):
+        if not _is_text(value):
+            raise BadInput("a value of the model card's front matter is not Unicode text", file="README.md", found=key)
+        return None if value in _NULLS else value
+    if not isinstance(value, list):
+        return None
+    texts = [text for text in (_plain(key, item) for item in value if isinstance(item, str)) if isinstance(text, str)]
+    return texts if key in _LISTS else ", ".join(texts)
 
 
 def card_metadata(
@@ -38,7 +63,7 @@ def card_metadata(
     """general.name … general.tags. counts: parameters outside the experts, of one expert a layer, and experts."""
     import gguf
 
-    table = {key: value for key, value in front_matter(card).items() if isinstance(key, str)}
+    table = front_matter(card)
     shared, per_expert, experts = counts
     metadata = gguf.Metadata()
     identity = name or config.release

@@ -12,13 +12,15 @@ import re
 from pathlib import Path
 
 from gptoss_convert.convert.progress import ShowProgress
-from gptoss_convert.errors import BadInput, DigestMismatch, ExitCode
+from gptoss_convert.errors import BadInput, DigestMismatch, ExitCode, UsageError
 
 _REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[0-9a-f]{40}))?")
 
 
 def resolve_source(text: str, show: ShowProgress, layout: str = "hf") -> Path:
     """The folder or file to read for what the user called SRC."""
+    if not text:
+        raise UsageError("SRC is empty", expected="a path, or OWNER/NAME@<40 hex digits of a commit>")
     path = Path(text)
     if os.path.lexists(path):
         return path
@@ -44,9 +46,10 @@ def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -
     pinned = official.load().repos.get(repo)
     if revision is None and pinned is None:
         raise BadInput(
-            "a repository needs a commit, so that the same command always reads the same bytes",
+            "no such file or folder; and if a repository is meant, it needs a commit",
             file=repo,
-            remedy=f"{repo}@<40 hex digits>; the repository's history shows them",
+            expected="a path, or OWNER/NAME@<40 hex digits of a commit>",
+            remedy=f"mend the path; or say {repo}@<40 hex digits>, so that the same command always reads the same bytes",
         )
     commit = revision or (pinned.revision if pinned else "")
     target = cache_folder() / repo.replace("/", "--") / str(commit)

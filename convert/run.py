@@ -30,7 +30,7 @@ from gptoss_convert.kernels.codecs import CODECS, encode_float
 from gptoss_convert.kernels.floats import F32, transpose
 from gptoss_convert.quant.encode import encode, encode_packed
 
-READ_BYTES = 8 << 20
+READ_BYTES = 1 << 20  # half a core's cache: hashed while it is still there
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,7 @@ def _hash_source(source: Source, digests: dict[str, str], stopped: threading.Eve
 
 
 def _hash_output(plan: Plan, output: Output, front: _Front, digests: dict[str, str], stopped: threading.Event) -> None:
+    buffer = memoryview(bytearray(READ_BYTES))
     for index, file in enumerate(plan.files):
         hasher, at = hashlib.sha256(), 0
         while at < file.size:
@@ -302,7 +303,7 @@ def _hash_output(plan: Plan, output: Output, front: _Front, digests: dict[str, s
             if stopped.is_set():
                 return
             while at < end:
-                data = output.read(file.name, at, min(READ_BYTES, end - at))
-                hasher.update(data)
-                at += len(data)
+                got = output.read_into(file.name, at, buffer[: min(READ_BYTES, end - at)])
+                hasher.update(buffer[:got])
+                at += got
         digests[file.name] = hasher.hexdigest()

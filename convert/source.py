@@ -83,6 +83,7 @@ class Source:
     companions: dict[str, Companion] = field(default_factory=dict)
     metadata: Mapping[str, Value] = field(default_factory=dict)
     config_table: Mapping[str, Any] | None = None
+    config_sha256: str | None = None  # of the config.json that was read
     stored: list[StoredTensor] = field(default_factory=list)
     revision: str | None = None
     wide: ModelConfig | None = None  # of a widened file: the widths that its tensors have

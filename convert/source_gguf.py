@@ -154,6 +154,7 @@ def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -
             raise BadInput("a metadata key is out of range", file=where, tensor=prefix + key, found=repr(value))
         return float(str(np.float32(value)))  # the decimal that was meant: 1e-05, not 9.99999974e-06
 
+    _refuse_strange(metadata, where)
     scaling = _get(metadata, prefix + "rope.scaling.type")
     if scaling != "yarn":
         raise BadInput("a rope scaling that gpt-oss does not have", file=where, found=repr(scaling), expected="yarn")
@@ -186,6 +187,37 @@ def config_from_gguf(metadata: Mapping[str, Value], where: object, vocab: int) -
     )
     check_consistent(config, where)
     return config
+
+
+_KEYS = frozenset(
+    {
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "expert_count",
+        "expert_used_count", "expert_feed_forward_length", "attention.head_count", "attention.head_count_kv",
+        "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon", "attention.sliding_window",
+        "attention.sliding_window_pattern", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    }
+)  # fmt: skip
+
+
+def _refuse_strange(metadata: Mapping[str, Value], where: object) -> None:
+    """A key of the architecture that is not understood may change what llama.cpp computes; it is not dropped in silence."""
+    same_as = {
+        "attention.value_length": _get(metadata, f"{ARCHITECTURE}.attention.key_length"),
+        "rope.dimension_count": _get(metadata, f"{ARCHITECTURE}.attention.key_length"),
+        "rope.freq_base_swa": _get(metadata, f"{ARCHITECTURE}.rope.freq_base"),
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_attn_factor": 1.0,
+    }
+    for key, value in metadata.items():
+        own = key.removeprefix(ARCHITECTURE + ".")
+        if own == key or (own in _KEYS and own not in same_as) or (own in same_as and value.value == same_as[own]):
+            continue
+        raise Refused(
+            "a metadata key that changes what llama.cpp computes and that no other layout can say",
+            file=where, tensor=key, found=repr(value.value)[:80],
+        )  # fmt: skip
 
 
 _TOKEN_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}

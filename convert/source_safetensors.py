@@ -14,14 +14,16 @@ config's quantization_config, any of which may be stale:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from gptoss_convert.config import ModelConfig, from_hf, from_original
-from gptoss_convert.convert.companions import Companion, collect_companions
+from gptoss_convert.convert.companions import Companion, ReadOnce, collect_companions
 from gptoss_convert.convert.names import (
     DOWN,
     GATE_UP,
@@ -44,7 +46,7 @@ from gptoss_convert.convert.views import (
     View,
 )
 from gptoss_convert.errors import BadInput, Refused, printable
-from gptoss_convert.formats.files import SourceFile, read_json
+from gptoss_convert.formats.files import SourceFile, parse_json, read_json
 from gptoss_convert.formats.safetensors import Entry, read_header
 from gptoss_convert.formats.tree import hub_place, resolve_inside
 
@@ -193,20 +195,22 @@ def collect_above(parent: Path) -> dict[str, Companion]:
     return collect_companions(parent)
 
 
-def _config_path(folder: Path) -> Path:
+def _config(folder: Path) -> tuple[Path, dict[str, Any], str]:
+    """Path, table and SHA-256 of the configuration, of one reading."""
     path = folder / "config.json"
     if not path.exists():
         raise BadInput("the folder has no config.json", file=folder, remedy="take it from the model's repository")
-    return resolve_inside(folder, "config.json")
+    data = ReadOnce(resolve_inside(folder, "config.json"))()
+    return path, parse_json(data, path), hashlib.sha256(data).hexdigest()
 
 
 # --- original/ ---------------------------------------------------------------------------------------------------------
 
 
 def _open_original(folder: Path, tensors: Tensors) -> Source:
-    path = _config_path(folder)
-    config = from_original(read_json(path), path)
-    source = Source(folder, Layout.ORIGINAL, config, {}, [])
+    path, table, digest = _config(folder)
+    config = from_original(table, path)
+    source = Source(folder, Layout.ORIGINAL, config, {}, [], config_sha256=digest)
     parts = {"q": (0, config.q_rows), "k": (config.q_rows, config.kv_rows)}
     parts["v"] = (config.q_rows + config.kv_rows, config.kv_rows)
     for name in canonical_shapes(config):
@@ -259,11 +263,10 @@ def _add_packed(source: Source, name: str, tensors: Tensors, blocks_name: str, s
 
 
 def _open_hf(folder: Path, tensors: Tensors, gate_proj: str | None) -> Source:
-    path = _config_path(folder)
-    table = read_json(path)
+    path, table, digest = _config(folder)
     config = from_hf(table, path)
     layout = _expert_form(tensors, folder)
-    source = Source(folder, layout, config, {}, [], config_table=table)
+    source = Source(folder, layout, config, {}, [], config_table=table, config_sha256=digest)
     for name in canonical_shapes(config):
         if ".mlp.experts." not in name:
             there = name if name in tensors else name.replace("router.", "router.linear.")

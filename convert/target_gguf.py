@@ -7,6 +7,7 @@ file depends on a path, a clock or a machine.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -38,7 +39,7 @@ from gptoss_convert.convert.widen import (
     required,
     widen,
 )
-from gptoss_convert.errors import Refused
+from gptoss_convert.errors import BadInput, Refused, UsageError, printable
 from gptoss_convert.formats.gguf import Value, ValueType, array, boolean, build_header, f32, string, u32
 from gptoss_convert.formats.gguf_split import split_metadata
 from gptoss_convert.formats.gguf_split import split_name as part_name
@@ -127,6 +128,11 @@ def require_expressible(config: ModelConfig, source: Source) -> None:
         "rope beta_slow": (config.beta_slow, 1.0),
         "rope attention_factor": (config.attention_factor, None),
     }
+    if not any(config.sliding):
+        raise Refused(
+            "llama.cpp's gpt-oss aborts on a model without sliding layers", file=source.path, found="layer_types: all full",
+            remedy="choose --to hf or --to bf16",
+        )  # fmt: skip
     for key, (found, built_in) in problems.items():
         if found != built_in and not (key.endswith("attention_factor") and _is_default_factor(config)):
             raise Refused(
@@ -207,11 +213,18 @@ def _expert_codec(tensors: Sequence[Slot]) -> str:
 
 def _general(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
     keys = [("general.architecture", string(ARCHITECTURE)), ("general.type", string("model"))]
+    if name is not None and (not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)):
+        raise UsageError("--name is not plain text", found=ascii(name), expected="a name without control characters")
     if source.layout is Layout.GGUF:
-        skipped = {"general.architecture", "general.type", "general.file_type", "general.quantization_version"}
-        kept = [(k, v) for k, v in source.metadata.items() if k.startswith("general.") and k not in skipped]
-        kept = [("general.name", string(name)) if name and k == "general.name" else (k, v) for k, v in kept]
-        return keys + kept
+        skipped = {
+            "general.architecture", "general.type", "general.file_type", "general.quantization_version",
+            "general.alignment",
+        }  # fmt: skip
+        kept = {k: v for k, v in source.metadata.items() if k.startswith("general.") and k not in skipped}
+        if name is not None:
+            named = {"general.name": string(name)}
+            kept = {**kept, **named} if "general.name" in kept else {**named, **kept}
+        return keys + list(kept.items())
     card = source.companions.get("README.md")
     return keys + card_metadata(companion_bytes(card) if card else b"", name, source.config, _counts(tensors))
 
@@ -263,9 +276,35 @@ def _model(config: ModelConfig, experts: str) -> list[tuple[str, Value]]:
 
 def _tokenizer(source: Source) -> list[tuple[str, Value]]:
     if source.layout is Layout.GGUF:
-        return [(key, value) for key, value in source.metadata.items() if key.startswith("tokenizer.")]
-    vocabulary = read_vocabulary(source.companions, source.config.vocab, source.path)
+        kept = [(key, value) for key, value in source.metadata.items() if key.startswith("tokenizer.")]
+        for key, value in kept:
+            if key.endswith("_token_id"):
+                _check_token_id(source, key, value.value)
+        return kept
+    for role, index in source.config.token_ids.items():
+        _check_token_id(source, f"{role}_token_id", index)
+    shortened = source.layout in (Layout.METAL, Layout.ORIGINAL)
+    vocabulary = read_vocabulary(source.companions, source.config.vocab, source.path, shortened=shortened)
+    if vocabulary.left_out:
+        note = (
+            f"{len(vocabulary.left_out)} special tokens are left out, because the model has no rows for them "
+            f"(it has {source.config.vocab}): {printable(', '.join(vocabulary.left_out), 200)}"
+        )
+        if note not in source.notes:
+            source.notes.append(note)
     return vocabulary_keys(vocabulary, {**source.config.token_ids, **vocabulary.ids})
+
+
+def _check_token_id(source: Source, key: str, index: object) -> None:
+    rows = source.config.vocab
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < rows:
+        raise BadInput(
+            "a special token's id is none of the model's rows",
+            file=source.path,
+            tensor=key,
+            found=repr(index)[:80],
+            expected=f"an id below {rows}",
+        )
 
 
 def vocabulary_keys(vocabulary: Vocabulary, ids: Mapping[str, int]) -> list[tuple[str, Value]]:

@@ -210,12 +210,15 @@ def _hf_config(source: Source, *, mxfp4: bool) -> bytes:
         ids = {**special_ids(source.companions), **source.config.token_ids}
         table = to_hf(replace(source.config, token_ids=ids), mxfp4=mxfp4)
     if mxfp4:
-        table["quantization_config"] = table.get("quantization_config") or MXFP4_QUANTIZATION
-        if table["quantization_config"].get("quant_method") != "mxfp4":
+        packed = table.get("quantization_config")
+        if not isinstance(packed, dict) or packed.get("quant_method") != "mxfp4":
             table["quantization_config"] = MXFP4_QUANTIZATION
     else:
         table.pop("quantization_config", None)
-        table.setdefault("torch_dtype" if "torch_dtype" in table else "dtype", "bfloat16")
+        if "torch_dtype" not in table:
+            table["dtype"] = "bfloat16"
+    for key in {"dtype", "torch_dtype"} & table.keys():
+        table[key] = "bfloat16"
     return (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
 
 

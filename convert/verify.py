@@ -67,7 +67,8 @@ def verify(
     subject = survey(
         source_root(source), repo=repo, revision=revision, lists=(manifest, sums), table=table or official.load()
     )
-    results = _judged(subject, quick, threads, progress or (lambda _: None), known or {})
+    idle = frozenset() if require_official else subject.idle_lists
+    results = _judged(subject, idle, quick, threads, progress or (lambda _: None), known or {})
     layouts, absent = completeness(subject)
     for result in absent:
         results.setdefault(result.name, result)
@@ -86,9 +87,14 @@ def verify(
 
 
 def _judged(
-    subject: Subject, quick: bool, threads: int, progress: Progress, known: Mapping[Path, FileDigest]
+    subject: Subject,
+    idle: frozenset[str],
+    quick: bool,
+    threads: int,
+    progress: Progress,
+    known: Mapping[Path, FileDigest],
 ) -> dict[str, FileResult]:
-    """The answer about every file that is there; a list of digests is one only if somebody speaks about it."""
+    """The answer about every file that is there; of the lists in `idle` only if somebody speaks about them."""
     voices = {file.name: subject.voices(file) for file in subject.files}
     early: dict[str, FileResult] = {}
     for file in subject.files:
@@ -100,7 +106,7 @@ def _judged(
     return {
         file.name: early.get(file.name) or judge(file, digests[file.path], voices[file.name], subject.table)
         for file in subject.files
-        if file.path.resolve() not in subject.idle_records or voices[file.name]
+        if file.name not in idle or voices[file.name]
     }
 
 

@@ -90,7 +90,7 @@ class Subject:
     revision: str | None
     prefix: str
     records: tuple[Record, ...]
-    idle_records: frozenset[Path]
+    idle_lists: frozenset[str]  # names of files that are lists themselves, and of which nobody need speak
     notes: list[str] = field(default_factory=list)
 
     def voices(self, file: TreeFile) -> list[Voice]:
@@ -142,7 +142,6 @@ def survey(
         notes.append(f"no digests of {repo_id} are pinned; official files are still recognised by digest")
     named = _named_records(*lists)
     found = _found_records(_list_files(root, files, single), notes)
-    idle = {record.path.resolve() for record in named + found}
     records = named + ([] if named else found) + _tree_records(root, place, notes)
     return Subject(
         root=root,
@@ -154,9 +153,24 @@ def survey(
         revision=revision or (place.revision if place else None),
         prefix=prefix,
         records=tuple(records),
-        idle_records=frozenset(idle),
+        idle_lists=_idle_lists(root, files, named, found if pinned is None else []),
         notes=notes,
     )
+
+
+def _idle_lists(
+    root: Path, files: Sequence[TreeFile], named: Sequence[Record], found: Sequence[Record]
+) -> frozenset[str]:
+    """The names of the lists that vouch for the others and need not be vouched for themselves.
+
+    Such a file must lie there under its own name, not as a link: else a list could hide the file that it leads to. A list
+    found beside the files is one only while no better authority is in force (`found` is then empty): against pins, or a
+    list that the user names, it is a stray file like any other.
+    """
+    lists = {record.path.parent.resolve() / record.path.name for record in (named or found)}
+    here = root.resolve()
+    plain = (file.name for file in files if not (root / file.name).is_symlink())
+    return frozenset(name for name in plain if here / name in lists and (named or _is_list_name(name)))
 
 
 def _named_records(manifest: Path | None, sums: Path | None) -> list[Record]:
@@ -191,8 +205,11 @@ def _list_files(root: Path, files: Sequence[TreeFile], single: bool) -> list[Pat
         beside = [Path(f"{root}.{ending}") for ending in (*MANIFEST_ENDINGS, "sha256")]
         beside += [root.parent / name for name in ("gptoss-certificate.json", "gptoss-manifest.json", *SUMS_NAMES)]
         return [path for path in beside if path.is_file() and path.resolve() != root.resolve()]
-    top = [file for file in files if "/" not in file.name]
-    return [file.path for file in top if file.name in SUMS_NAMES or file.name.endswith(MANIFEST_ENDINGS)]
+    return [file.path for file in files if _is_list_name(file.name)]
+
+
+def _is_list_name(name: str) -> bool:
+    return "/" not in name and (name in SUMS_NAMES or name.endswith(MANIFEST_ENDINGS))
 
 
 def _record(title: str, rank: int, path: Path, files: Mapping[str, Expected]) -> Record:

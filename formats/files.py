@@ -37,6 +37,7 @@ class Identity:
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
 
 class SourceFile:
@@ -133,7 +134,7 @@ class SourceFile:
 
 
 def _identity(status: os.stat_result) -> Identity:
-    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _kind(mode: int) -> str:

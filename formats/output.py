@@ -34,22 +34,36 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Output:
     """The unfinished form of one artifact: a file, or a folder of files."""
 
-    def __init__(self, target: Path, *, folder: bool, overwrite: bool = False) -> None:
+    def __init__(
+        self, target: Path, *, folder: bool, overwrite: bool = False, marker: str = "gptoss-certificate.json"
+    ) -> None:
         self.target = target
+        self.marker = marker  # the file by which a folder of ours is known
         self.is_folder = folder
         self.overwrite = overwrite
         self.partial = target.parent / f".{target.name}.partial"
         self._descriptors: dict[str, int] = {}
+        self._created: list[Path] = []
         self._journal = -1
         self._lock = Lock()
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:
-        if self.overwrite and not self.is_folder and self.target.is_dir() and not self.target.is_symlink():
-            raise TargetExists("a folder stands where a file is to be written", file=self.target)
-        if not os.path.lexists(self.target) or self.overwrite or self._is_empty_folder():
+        if not os.path.lexists(self.target) or self._is_empty_folder():
             return
-        raise TargetExists("the target exists", file=self.target, remedy="choose another name, or give --overwrite")
+        if not self.overwrite:
+            raise TargetExists("the target exists", file=self.target, remedy="choose another name, or give --overwrite")
+        if self.target.is_symlink() or self.target.is_dir() != self.is_folder:
+            kind = "a link" if self.target.is_symlink() else "a folder" if self.target.is_dir() else "a file"
+            raise TargetExists(
+                "something else stands in the target's place", file=self.target, found=kind,
+                expected="a folder" if self.is_folder else "a file",
+            )  # fmt: skip
+        if self.is_folder and not (self.target / self.marker).is_file():
+            raise TargetExists(
+                "--overwrite replaces whole folders, and only those that this tool wrote",
+                file=self.target, expected=f"a folder with {self.marker}", remedy="remove it yourself, or choose another name",
+            )  # fmt: skip
 
     def _is_empty_folder(self) -> bool:
         return self.is_folder and self.target.is_dir() and not any(self.target.iterdir())
@@ -57,8 +71,12 @@ class Output:
     def open(self, plan_digest: str, files: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
         """Lock, reserve the space of every (name, bytes), and return what an earlier run of this plan has journalled."""
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._journal = os.open(self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._recover_replaced()
+            self._refuse_existing()
+            self._make_partial()
+            self._journal = os.open(
+                self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+            )
         except OSError as error:
             raise _cannot(error, self.partial) from error
         if not self._lock_journal():
@@ -83,6 +101,39 @@ class Output:
             return os.path.samestat(os.fstat(self._journal), (self.partial / JOURNAL).stat())
         except OSError:
             return False
+
+    def _make_partial(self) -> None:
+        """The hidden folder: new, or one that an earlier run of ours left; nobody else's is touched."""
+        for parent in reversed(self.target.parents):
+            if not parent.exists():
+                parent.mkdir()
+                self._created.append(parent)
+        try:
+            self.partial.mkdir()
+            return
+        except FileExistsError:
+            pass
+        inside = {entry.name for entry in self.partial.iterdir()} if not self.partial.is_symlink() else {"?"}
+        journal = self.partial / JOURNAL
+        ours = not inside or (JOURNAL in inside and not journal.is_symlink() and _is_journal(journal))
+        if self.partial.is_symlink() or not ours:
+            raise TargetExists(
+                "the place for unfinished output is taken by something that this tool did not write",
+                file=self.partial, remedy="look at it, remove it yourself, and run again",
+            )  # fmt: skip
+
+    @property
+    def _replaced(self) -> Path:
+        return self.target.parent / f".{self.target.name}.replaced"
+
+    def _recover_replaced(self) -> None:
+        """A run killed while it replaced a folder left the old one under another name: put it back, or finish its removal."""
+        if not self.is_folder or self._replaced.is_symlink() or not (self._replaced / self.marker).is_file():
+            return
+        if os.path.lexists(self.target):
+            shutil.rmtree(self._replaced)
+        else:
+            self._replaced.rename(self.target)
 
     def _earlier(self, plan_digest: str) -> list[dict[str, Any]]:
         records, sound = [], 0
@@ -131,6 +182,13 @@ class Output:
         """Bytes as they lie in the unfinished file."""
         return os.pread(self._descriptors[name], nbytes, offset)
 
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """The same into a buffer; returns how many bytes were read."""
+        got = os.preadv(self._descriptors[name], [buffer], offset)
+        if not got and buffer:
+            raise CannotWrite("the unfinished file became shorter", file=self.partial / name)
+        return got
+
     def record(self, entry: dict[str, Any]) -> None:
         """Journal a finished step."""
         with self._lock:
@@ -157,35 +215,49 @@ class Output:
         return self.partial / name
 
     def publish(self, beside: dict[str, bytes] | None = None) -> None:
-        """Give the finished artifact its name. `beside`: small files that go next to a single-file artifact, first."""
+        """Give the finished artifact its name. `beside`: small files that go next to a single-file artifact.
+
+        A certificate alone proves nothing and is replaced by the next run; so it is put in place first, and the artifact never
+        stands without it.
+        """
+        placed: list[Path] = []
         try:
             for fd in self._descriptors.values():
                 os.fsync(fd)
             self._refuse_existing()
             parent = self.target.parent
-            for name, data in (beside or {}).items():
-                self.write_small(name, data)
-                (self.partial / name).replace(parent / name)
             if self.is_folder:
                 self._publish_folder()
             else:
                 (single,) = self._descriptors
+                for name, data in (beside or {}).items():
+                    self.write_small(name, data)
+                    (self.partial / name).replace(parent / name)
+                    placed.append(parent / name)
                 (self.partial / single).replace(self.target)
+                placed = []
+                self._created = []
                 self.discard()
             _sync(parent)
         except OSError as error:
+            for path in placed:
+                path.unlink(missing_ok=True)
             raise _cannot(error, self.target) from error
+        self._created = []
         self.close()
 
     def _publish_folder(self) -> None:
-        (self.partial / JOURNAL).unlink()
         _sync(self.partial)
-        replaced = self.target.parent / f".{self.target.name}.replaced"
         if os.path.lexists(self.target):
-            _remove(replaced)  # of a run that was killed between the next two lines
-            self.target.rename(replaced)
+            if self._is_empty_folder():
+                self.target.rmdir()
+            else:
+                self.target.rename(self._replaced)
         self.partial.rename(self.target)
-        _remove(replaced)
+        # Only now: a run killed before the renames still finds its journal, and one killed here leaves a file too many.
+        (self.target / JOURNAL).unlink()
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
 
     def discard(self) -> None:
         """Remove everything unfinished, if it is ours: another run, or a killed one that may be taken up, keeps its own."""
@@ -212,9 +284,9 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # An interruption keeps the work for the next run; any other failure leaves nothing behind.
-        if kind is None or issubclass(kind, KeyboardInterrupt | TargetExists):
+        if kind is None or issubclass(kind, KeyboardInterrupt):
             self.close()
-        else:
+        elif self._journal >= 0 or not issubclass(kind, TargetExists):  # else the unfinished output is another run's
             self.discard()
 
 
@@ -233,6 +305,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether a file is a journal of this tool, or one that was killed before its first line was whole."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline(200)
+    return not first or first.startswith(b'{"plan"') or b'{"plan"'.startswith(first)
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -185,6 +185,14 @@ def from_hf(table: Mapping[str, Any], where: object) -> ModelConfig:
     return config
 
 
+_ROPE_KEYS = frozenset(
+    {
+        "rope_type", "type", "rope_theta", "factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        "original_max_position_embeddings",
+    }
+)  # fmt: skip
+
+
 def _hf_rope(table: Mapping[str, Any], where: object) -> dict[str, Any]:
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -192,7 +200,16 @@ def _hf_rope(table: Mapping[str, Any], where: object) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "yarn"))
     if kind != "yarn":
         raise BadInput("a rope type that gpt-oss does not have", file=where, found=repr(kind), expected="yarn")
-    return rope
+    strange = {k: v for k, v in rope.items() if k not in _ROPE_KEYS and v is not None}
+    if strange.pop("partial_rotary_factor", 1.0) != 1.0 or strange:
+        raise BadInput(
+            "rope keys that change what the model computes and that gpt-oss does not have",
+            file=where,
+            found=", ".join(sorted(strange)) or "partial_rotary_factor",
+            expected=", ".join(sorted(_ROPE_KEYS)),
+        )
+    # Without any rope table transformers takes the release's, whose truncate is false; within one its default is true.
+    return rope or {"truncate": False, "original_max_position_embeddings": 4096}
 
 
 def _yarn(rope: Mapping[str, Any], table: Mapping[str, Any], where: object) -> dict[str, Any]:
@@ -202,7 +219,6 @@ def _yarn(rope: Mapping[str, Any], table: Mapping[str, Any], where: object) -> d
         "rope_factor": read.number("factor", low=1, high=1e6, default=32.0),
         "beta_fast": read.number("beta_fast", low=1e-6, high=1e6, default=32.0),
         "beta_slow": read.number("beta_slow", low=1e-6, high=1e6, default=1.0),
-        # transformers' default is true; the release says false.
         "truncate": read.flag("truncate", True),
         "attention_factor": read.number("attention_factor", low=0, high=1e6)
         if rope.get("attention_factor") is not None

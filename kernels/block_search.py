@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from gptoss_convert.kernels.lane_sums import affine_error, affine_sums, means, symmetric_error, symmetric_sums
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, f16, invert, lower, take
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, f16, f16_nearest, invert, lower, take
 
 
 @njit(**KERNEL)
@@ -146,7 +146,7 @@ def search_affine(
     for k in range(LANES):
         best[k] = f16(best[k])
     for k in range(LANES):
-        base[k] = f16(base[k])
+        base[k] = f16_nearest(base[k])
 
 
 @njit(**KERNEL)
@@ -157,7 +157,7 @@ def exact_affine(
     """Scales that put the largest magnitude f steps from zero, the least value at code 0."""
     least[:] = np.float32(np.inf)
     for k in range(LANES):
-        base[k] = f16(low[k])
+        base[k] = f16_nearest(low[k])
     for i in range(factors.size):
         factor = factors[i]
         for k in range(LANES):

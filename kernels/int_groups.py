@@ -32,6 +32,7 @@ from gptoss_convert.kernels.lanes import (
     bounds,
     coarse,
     f16,
+    f16_nearest,
     gather,
     gather_cyclic,
     importance_blocks,
@@ -197,7 +198,8 @@ def _search(
             d[k] = _store(d[k], storage, unit[k])
             inverse[k] = np.float32(1) / d[k] if d[k] > F0 else F0
             if kind == 2:
-                b[k] = _store(low[k] if i < fitted else b[k], storage, unit[k])
+                b[k] = low[k] if i < fitted else b[k]
+                b[k] = f16_nearest(b[k] * unit[k]) / unit[k] if storage == 0 else _store(b[k], storage, unit[k])
             else:
                 zero = (
                     (high + np.float32(1)) / np.float32(2)

@@ -11,6 +11,7 @@ from gptoss_convert.kernels.lane_sums import affine_sums, moments
 from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, bounds, lower, take
 
 F2 = np.float32(2)
+_SINGULAR = np.float32(1e-5)  # below it, relatively, the determinant is rounding error: the q are all equal
 
 
 @njit(**KERNEL)
@@ -52,14 +53,16 @@ def fit_parts(x: Any, w: Any, high: Any, spreads: Any, s: Any, scale: Any, minim
 def _line(low: Any, base: Any, sw: Any, sv: Any, q1: Any, qx: Any, qq: Any, a: Any, b: Any) -> None:
     """Least squares x − low ≈ a q + b from the sums over x − base for q and over x − low for 1; low + b ≤ 0.
 
-    `qx` is turned into the sum over x − low. Where the q are all equal, a is NaN or infinite and so is the loss.
+    `qx` is turned into the sum over x − low. Where the q are all equal, b is 0.
     """
     for k in range(LANES):
         qx[k] += (base[k] - low[k]) * q1[k]
     for k in range(LANES):
-        b[k] = min((qq[k] * sv[k] - q1[k] * qx[k]) / (sw[k] * qq[k] - q1[k] * q1[k]), -low[k])
+        det = sw[k] * qq[k] - q1[k] * q1[k]
+        slope = (qq[k] * sv[k] - q1[k] * qx[k]) / det
+        b[k] = min(slope if det > _SINGULAR * (sw[k] * qq[k]) else F0, -low[k])
     for k in range(LANES):
-        a[k] = (qx[k] - b[k] * q1[k]) / qq[k]
+        a[k] = (qx[k] - b[k] * q1[k]) / qq[k] if qq[k] > F0 else F0
 
 
 @njit(**KERNEL)

@@ -41,8 +41,16 @@ def nearest(value: Any) -> Any:
 
 @njit(**KERNEL)
 def f16(value: Any) -> Any:
-    """The nearest float16, as f32 (ties either way); what is nearer to zero than the least one becomes the least, zero
-    stays zero, what exceeds the largest becomes the largest.
+    """A scale: the nearest float16, but never zero where the value is not, and the least one instead."""
+    kept = f16_nearest(value)
+    if kept == F0 and value != F0:
+        return -_LEAST if value < F0 else _LEAST
+    return kept
+
+
+@njit(**KERNEL)
+def f16_nearest(value: Any) -> Any:
+    """The nearest float16, as f32 (ties either way); what exceeds the largest becomes the largest.
 
     Veltkamp's splitting (Dekker 1971) keeps 11 of float32's 24 bits; subnormals are rounded by an addition.
     """
@@ -50,8 +58,8 @@ def f16(value: Any) -> Any:
     spread = size * _KEEP_11
     kept = spread - (spread - size)
     small = (size + _SUBNORMAL) - _SUBNORMAL
-    size = max(small, _LEAST) if size < _HALF_RANGE else kept
-    return F0 if value == F0 else (-size if value < F0 else size)
+    size = small if size < _HALF_RANGE else kept
+    return -size if value < F0 else size
 
 
 @njit(**KERNEL)

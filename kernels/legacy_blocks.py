@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gptoss_convert.kernels.block_bytes import pack, unpack
 from gptoss_convert.kernels.block_search import all_zero, by_loss, exact_affine, search_affine, search_symmetric
 from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.lane_sums import affine_error, symmetric_error
@@ -141,7 +142,7 @@ def _symmetric(
         for k in range(count):
             word = f16_bits(best[k], words[2, k])
             out[first + k, 0], out[first + k, 1] = word & np.uint16(255), word >> np.uint16(8)
-        _pack(q, bits, 2, first, count, out)
+        pack(q, bits, 2, first, count, out)
     return -1
 
 
@@ -212,35 +213,8 @@ def _affine(
             for i in range(2):
                 word = f16_bits(s[2 + i, k], words[2 + i, k])
                 out[first + k, 2 * i], out[first + k, 2 * i + 1] = word & np.uint16(255), word >> np.uint16(8)
-        _pack(q, bits, 4, first, count, out)
+        pack(q, bits, 4, first, count, out)
     return -1
-
-
-@njit(**KERNEL)
-def _pack(q: Any, bits: Any, head: Any, first: Any, count: Any, out: Any) -> None:
-    """Codes uint8 [32, 64] → the bytes after the head of `count` blocks; nibbles and fifth bits are folded in place."""
-    at = head
-    if bits == 8:
-        for k in range(count):
-            for j in range(32):
-                out[first + k, at + j] = q[j, k]
-        return
-    fifth = np.empty(LANES, np.uint8)
-    if bits == 5:
-        for i in range(4):
-            fifth[:] = 0
-            for j in range(8):
-                for k in range(LANES):
-                    fifth[k] |= (q[8 * i + j, k] >> np.uint8(4)) << np.uint8(j)
-            for k in range(count):
-                out[first + k, at + i] = fifth[k]
-        at += 4
-    for j in range(16):
-        for k in range(LANES):
-            q[j, k] = (q[j, k] & np.uint8(15)) | (q[j + 16, k] << np.uint8(4))
-    for k in range(count):
-        for j in range(16):
-            out[first + k, at + j] = q[j, k]
 
 
 def q4_0_decode(rows: U8) -> F32:
@@ -262,21 +236,5 @@ def _decode(rows: U8, layout: _Layout, zero: int) -> F32:
     blocks = np.ascontiguousarray(rows).reshape(-1, layout.block_bytes)
     heads = np.ascontiguousarray(blocks[:, : layout.head]).view("<f2").astype(np.float32)
     out = np.empty((len(blocks), BLOCK), np.float32)
-    _unpack(blocks[:, layout.head :], heads, layout.bits, np.float32(zero), out)
+    unpack(blocks[:, layout.head :], heads, layout.bits, np.float32(zero), out)
     return out.reshape(rows.shape[0], -1)
-
-
-@njit(**KERNEL)
-def _unpack(codes: Any, heads: Any, bits: Any, zero: Any, out: Any) -> None:
-    at = 4 if bits == 5 else 0
-    for b in range(codes.shape[0]):
-        base = heads[b, 1] if heads.shape[1] == 2 else F0
-        for j in range(16):
-            out[b, j] = np.float32(codes[b, at + j] & 15)
-            out[b, j + 16] = np.float32(codes[b, at + j] >> 4)
-        if bits == 5:
-            for j in range(32):
-                out[b, j] += np.float32(16 * ((codes[b, j >> 3] >> (j & 7)) & 1))
-        for j in range(32):
-            value = (out[b, j] + zero) * heads[b, 0]
-            out[b, j] = value + base if heads.shape[1] == 2 else value

@@ -49,9 +49,10 @@ def _scales() -> NDArray[np.float32]:
 
 
 SCALES = _scales()
-# From amax/6 rounded down to a code: one below, itself, and past amax/4, which is less than six codes further; among the
-# codes below 8, that is to amax/½.
+# From amax/6 rounded down to a code: one below, itself, and past amax/4, which is less than six codes further. Below code 8
+# scales stop halving, and all up to code 15 are tried.
 _MOVES = np.array([0, 1, -1, 2, 3, 4, 5, 6, 7])
+_MORE_MOVES = 7
 
 
 def tensor_scale(amax: float) -> np.float32:
@@ -94,16 +95,18 @@ def _encode(
             if not s[0, k] <= np.float32(LARGEST):
                 return first + k
         _first_codes(s[0], words[0], code[0])
-        for i in range(moves.size):
+        few = code[0].min() < 8
+        for i in range(moves.size + (_MORE_MOVES if few else 0)):
+            move = moves[i] if i < moves.size else moves[-1] + i - moves.size + 1
             for k in range(LANES):
-                trial = min(max(code[0, k] + moves[i], 1), 126)
+                trial = min(max(code[0, k] + move, 1), 126)
                 s[1, k], s[3, k] = inverses[trial], scales[trial]
             e2m1.loss(x, w, s[1], s[2])
             for k in range(LANES):
                 error = s[2, k] * s[3, k] * s[3, k]
-                better = i == 0 or error < s[0, k]
+                better = i == 0 or (error < s[0, k] and (i < moves.size or code[0, k] < 8))
                 s[0, k] = error if better else s[0, k]
-                code[1, k] = min(max(code[0, k] + moves[i], 1), 126) if better else code[1, k]
+                code[1, k] = min(max(code[0, k] + move, 1), 126) if better else code[1, k]
         for k in range(LANES):
             s[1, k] = inverses[code[1, k]]
         e2m1.codes(x, s[1], q)

@@ -33,7 +33,7 @@ from gptoss_convert.kernels.lanes import (
 BLOCK = 64
 BLOCK_BYTES = 18  # d, codes
 LOW, HIGH = np.float32(-1), np.float32(2)
-_FACTORS = np.array([-2, -2.5, -3.2, 2, 2.5, 1.6], np.float32)  # minus where the largest value lands
+_FACTORS = np.array([-2, -2.5, -3.2, 2, 2.5, 1.6, 1], np.float32)  # minus where the largest value lands
 
 
 def q2_0_encode(values: F32, importance: F32 | None = None) -> U8:

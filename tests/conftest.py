@@ -13,6 +13,7 @@ from support.checkpoints import AWKWARD, SMALL, SQUARE, Model, write_hf
 from support.layouts import written
 from support.tokenizer import small_tokenizer
 
+
 @pytest.fixture(scope="session")
 def small_model() -> Model:
     """No two widths alike."""

@@ -7,15 +7,15 @@ so `gptoss-convert --help` answers at once.
 from __future__ import annotations
 
 import importlib
-import json
+import io
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 
 import click
 
 from gptoss_convert import __version__
+from gptoss_convert.cli.output import expect_document, print_document
 from gptoss_convert.errors import CannotWrite, ExitCode, GptOssError
 
 VERBS = {
@@ -62,17 +62,19 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: run a verb and turn every outcome into a message and an exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     as_json = "--json" in arguments
+    expect_document()
+    _write_anything()
     try:
         cli.main(args=arguments, standalone_mode=False)
     except click.exceptions.Exit as stop:
         _leave(stop.exit_code)
     except click.Abort:
-        _interrupted()
+        _interrupted(as_json)
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted(as_json)
     except click.ClickException as error:
         if as_json:
-            _print_json({"error": "UsageError", "exit_code": int(ExitCode.USAGE), "what": error.format_message()})
+            print_document({"error": "UsageError", "exit_code": int(ExitCode.USAGE), "what": error.format_message()})
         error.show(file=sys.stderr)
         _leave(ExitCode.USAGE)
     except GptOssError as error:
@@ -87,24 +89,30 @@ def main(argv: list[str] | None = None) -> None:
         traceback.print_exc()
         print("this is a mistake in gptoss-convert, not in your files; please report it", file=sys.stderr)
         if as_json:
-            _print_json({"error": "Internal", "exit_code": int(ExitCode.INTERNAL), "what": repr(error)})
+            print_document({"error": "Internal", "exit_code": int(ExitCode.INTERNAL), "what": repr(error)})
         _leave(ExitCode.INTERNAL)
+
+
+def _write_anything() -> None:
+    """Let no character of a file's name end a command because the terminal cannot show it: it is shown escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report(error: GptOssError, as_json: bool) -> None:
     if as_json:
-        _print_json(error.as_dict())
+        print_document(error.as_dict())
     print(f"error: {error}", file=sys.stderr)
     _leave(error.code)
 
 
-def _interrupted() -> None:
-    print("interrupted; run the same command again to go on", file=sys.stderr)
+def _interrupted(as_json: bool) -> None:
+    what = "interrupted; run the same command again to go on"
+    if as_json:
+        print_document({"error": "Interrupted", "exit_code": int(ExitCode.INTERRUPTED), "what": what})
+    print(what, file=sys.stderr)
     _leave(ExitCode.INTERRUPTED)
-
-
-def _print_json(document: Mapping[str, object]) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=True))
 
 
 def _leave(code: int) -> None:

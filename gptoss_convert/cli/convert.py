@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,11 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Text → bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", str(value).upper())
-        if not match or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a size such as 4GB or 512MiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+        match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMG]I?)?B?", str(value).upper())
+        count = int(Fraction(match[1]) * _UNITS[match[2] or ""]) if match else 0
+        if not 0 < count < 1 << 63:
+            self.fail(f"{str(value)[:40]!r} is not a size such as 4GB or 512MiB", param, ctx)
+        return count
 
 
 @click.command()
@@ -158,7 +160,11 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
     document, proof = outcome.document, outcome.proof
     console.print(f"written  {outcome.target} ({human_bytes(outcome.plan.output_bytes)})", markup=False)
     source = document["source"]
-    what = "every weight file is the official one" if source["official"] else "weights without an official digest"
+    what = "weights, configuration, tokenizer and template are the official ones"
+    if not source["official"]:
+        weights = "official weights" if source["official_weights"] else "weights without an official digest"
+        small = [n for n in ("config", "tokenizer", "template") if source[n] and not source[n]["official"]]
+        what = weights + (f"; not official: {', '.join(small)}" if small else "")
     console.print(f"source   {source['layout']}, {source['model'] or 'own widths'}: {what}", markup=False)
     for note in [*source["notes"], *document["artifact"]["notes"]]:
         console.print(f"note     {note}", markup=False)

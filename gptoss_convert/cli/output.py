@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,30 @@ PLAIN_LINE_SECONDS = 10.0
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
     """Print the result: the JSON document, or what `render` draws for people."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=True))
+        print_document(result)
         return
     from rich.console import Console
 
     render(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+
+
+class _Documents:
+    """Whether a JSON document has gone to stdout already: it is to be the only one."""
+
+    printed = False
+
+
+def expect_document() -> None:
+    """A command begins: none of its documents is printed yet."""
+    _Documents.printed = False
+
+
+def print_document(document: Mapping[str, object]) -> None:
+    """Print the command's one JSON document; a second one, of an error after the result, is left out."""
+    text = json.dumps(document, indent=2, ensure_ascii=True)
+    if not _Documents.printed:
+        _Documents.printed = True
+        print(text)
 
 
 def human_bytes(count: float) -> str:

@@ -66,8 +66,10 @@ def command(
             progress=advance,
         )
     code = report.exit_code(allow_unknown)
+    if as_json and write_manifest is not None:  # before the report: if this fails, its error is the one document
+        engine.write_manifest(report, write_manifest)
     emit(report.as_dict(allow_unknown), as_json, lambda console: render(report, console))
-    if write_manifest is not None:
+    if not as_json and write_manifest is not None:
         engine.write_manifest(report, write_manifest)
     raise SystemExit(int(code))
 

@@ -70,9 +70,7 @@ def test_the_user_decides_where_the_weights_do_not(
         assert holds(source, parity_free) == (told == meaning)
 
 
-def test_the_user_decides_for_a_conversion_too(
-    parity_free: Model, tmp_path: Path, convert: Any
-) -> None:
+def test_the_user_decides_for_a_conversion_too(parity_free: Model, tmp_path: Path, convert: Any) -> None:
     write_per_expert(parity_free, tmp_path / "source", "halves")
     with pytest.raises(Refused, match="two known meanings"):
         convert(tmp_path / "source", tmp_path / "out", "hf")
@@ -83,7 +81,9 @@ def test_the_user_decides_for_a_conversion_too(
         assert holds(source, parity_free)
 
 
-def test_telling_the_wrong_meaning_against_clear_weights_is_followed_and_noted(small_model: Model, tmp_path: Path) -> None:
+def test_telling_the_wrong_meaning_against_clear_weights_is_followed_and_noted(
+    small_model: Model, tmp_path: Path
+) -> None:
     write_per_expert(small_model, tmp_path, "deinterleaved")
     with open_source(tmp_path, gate_proj="halves") as source:
         assert source.gate_meaning == "halves"

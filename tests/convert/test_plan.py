@@ -34,7 +34,9 @@ class Unread:
         raise AssertionError("a plan read tensor data")
 
 
-def headers_only(config: ModelConfig, layout: Layout = Layout.ORIGINAL, experts: str = "mxfp4", dense: str = "bf16") -> Source:
+def headers_only(
+    config: ModelConfig, layout: Layout = Layout.ORIGINAL, experts: str = "mxfp4", dense: str = "bf16"
+) -> Source:
     views: dict[str, Any] = {
         name: Unread(experts if is_expert_matrix(name) else dense, as_stack(shape))
         for name, shape in canonical_shapes(config).items()
@@ -49,7 +51,9 @@ def planned(source: Source, to: str, **options: Any) -> Plan:
 
 @pytest.mark.parametrize("repo", RELEASES)
 @pytest.mark.parametrize(("to", "prefix"), [("hf", ""), ("original", "original/")])
-def test_the_plan_of_a_release_has_the_official_headers_sizes_index_and_configuration(repo: str, to: str, prefix: str) -> None:
+def test_the_plan_of_a_release_has_the_official_headers_sizes_index_and_configuration(
+    repo: str, to: str, prefix: str
+) -> None:
     pins = official.load().repos[repo].files
     plan = planned(headers_only(release_config(*RELEASES[repo])), to)
     shards = {name for name in pins if name.startswith(f"{prefix}model") and name.endswith(".safetensors")}
@@ -121,7 +125,12 @@ def test_steps_own_every_byte_once_and_take_every_row_once(opened: Source, to: s
 def test_no_conversion_of_a_release_is_forecast_to_need_more_than_a_gibibyte_and_a_half(threads: int) -> None:
     config = release_config(4, 128)  # more layers only make longer headers
     sources = {
-        "gguf": [{"experts": "mxfp4"}, {"experts": "q8_0", "dense": "q8_0"}, {"experts": "f32"}, {"split_bytes": 4 * 10**9}],
+        "gguf": [
+            {"experts": "mxfp4"},
+            {"experts": "q8_0", "dense": "q8_0"},
+            {"experts": "f32"},
+            {"split_bytes": 4 * 10**9},
+        ],
         "hf": [{}],
         "original": [{}],
         "bf16": [{}],
@@ -182,7 +191,9 @@ def test_a_plan_is_named_by_what_decides_its_bytes(hf_folder: Path, tmp_path: Pa
     ]
     assert len({once, *others}) == 7
     write_hf(Model(SMALL), tmp_path / "copy", shard_limit=200_000)
-    assert digest(tmp_path / "copy") != once  # another file on the disk: nothing of the work on one is taken for the other
+    assert (
+        digest(tmp_path / "copy") != once
+    )  # another file on the disk: nothing of the work on one is taken for the other
 
 
 def test_a_plan_is_not_that_of_the_other_meaning_of_gate_proj(layouts: dict[str, Path]) -> None:

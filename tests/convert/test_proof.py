@@ -274,7 +274,9 @@ def test_that_fault_is_one_which_comparing_tensors_does_not_find(
     assert outcome.proof.lossless
 
 
-def test_a_source_read_transposed_fails_the_proof(square_model: Model, tmp_path: Path, convert: Any, monkeypatch: Patch) -> None:
+def test_a_source_read_transposed_fails_the_proof(
+    square_model: Model, tmp_path: Path, convert: Any, monkeypatch: Patch
+) -> None:
     """The fault is the source's reader's alone: what it reads is written and read back faithfully."""
     write_bf16(square_model, tmp_path / "in")
     read = views.Transposed.read
@@ -304,11 +306,18 @@ def writer_changes(patch: Patch, tensor: str, change: Callable[[NDArray[Any]], A
     patch.setattr(run, "piece_bytes", write)
 
 
-def test_one_bit_in_any_tensor_fails_the_proof(square_folder: Path, tmp_path: Path, convert: Any, monkeypatch: Patch) -> None:
+def test_one_bit_in_any_tensor_fails_the_proof(
+    square_folder: Path, tmp_path: Path, convert: Any, monkeypatch: Patch
+) -> None:
     def flip(data: NDArray[Any]) -> None:
         data.reshape(-1).view(np.uint8)[-2] ^= 1
 
-    for tensor in ("layers.1.self_attn.sinks", "layers.2.mlp.router.weight", "layers.0.mlp.experts.down_proj_bias", "norm.weight"):
+    for tensor in (
+        "layers.1.self_attn.sinks",
+        "layers.2.mlp.router.weight",
+        "layers.0.mlp.experts.down_proj_bias",
+        "norm.weight",
+    ):
         for to in ("gguf", "hf"):
             with monkeypatch.context() as patch:
                 writer_changes(patch, tensor, flip)
@@ -338,7 +347,9 @@ def test_a_rounded_tensor_with_a_value_that_is_no_number_fails(
     assert_fails(square_folder, "gguf", tmp_path, convert, TENSORS, dense="q8_0")
 
 
-def test_a_rounded_tensor_that_is_half_lost_fails(square_folder: Path, tmp_path: Path, convert: Any, monkeypatch: Patch) -> None:
+def test_a_rounded_tensor_that_is_half_lost_fails(
+    square_folder: Path, tmp_path: Path, convert: Any, monkeypatch: Patch
+) -> None:
     def clear(data: NDArray[Any]) -> None:
         data.reshape(len(data), -1)[: len(data) // 3] = 0
 
@@ -412,7 +423,9 @@ def test_the_digests_in_the_certificate_are_those_of_the_documented_formula(
         assert "rms_error" not in tensor
 
 
-def test_the_files_in_the_certificate_are_the_ones_on_the_disk(tall: tuple[Model, Path], tmp_path: Path, convert: Any) -> None:
+def test_the_files_in_the_certificate_are_the_ones_on_the_disk(
+    tall: tuple[Model, Path], tmp_path: Path, convert: Any
+) -> None:
     _, folder = tall
     for to, options in (("hf", {"split_bytes": 400_000}), ("gguf", {}), ("gguf", {"split_bytes": 400_000})):
         target = tmp_path / ("out.gguf" if to == "gguf" and not options else f"out-{to}")
@@ -429,7 +442,10 @@ def test_the_files_in_the_certificate_are_the_ones_on_the_disk(tall: tuple[Model
                 assert file["sha256"] == hashlib.sha256(data).hexdigest()
         assert document["lossless"] is True
         assert document["source"]["official"] is False
-        assert document["source"]["tokenizer"]["sha256"] == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        assert (
+            document["source"]["tokenizer"]["sha256"]
+            == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        )
         for text in (str(tmp_path), str(folder)):
             assert text not in beside.read_text()
 

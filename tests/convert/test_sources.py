@@ -16,7 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.canonical import canonical_values
 from support.layouts import LAYOUTS, write_layout
-from support.checkpoints import SMALL, SQUARE, WIDE, Model, write_bf16, write_gguf, write_hf, write_metal, write_original
+from support.checkpoints import (
+    SMALL,
+    SQUARE,
+    WIDE,
+    Model,
+    write_bf16,
+    write_gguf,
+    write_hf,
+    write_metal,
+    write_original,
+)
 
 from gptoss_convert.convert.source import Layout, Source, open_source
 from gptoss_convert.errors import BadInput, GptOssError, Refused
@@ -110,7 +120,9 @@ def test_each_layout_reads_the_models_values(name: str, layouts: dict[str, Path]
         assert (False, dense) in kinds
 
 
-@pytest.mark.parametrize("spec", [SQUARE, WIDE, replace(SMALL, head_dim=32, heads=10, kv_heads=5)], ids=["square", "wide", "heads"])
+@pytest.mark.parametrize(
+    "spec", [SQUARE, WIDE, replace(SMALL, head_dim=32, heads=10, kv_heads=5)], ids=["square", "wide", "heads"]
+)
 def test_other_widths_read_as_well(spec: Any, tmp_path: Path) -> None:
     model = Model(spec)
     expected = canonical_values(model)
@@ -205,7 +217,9 @@ def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links(tiny_hf: Path, t
         assert "tokenizer.json" in source.companions
 
 
-def test_the_releases_original_folder_takes_the_tokenizer_above_it(tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_the_releases_original_folder_takes_the_tokenizer_above_it(
+    tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     folder = copied(tiny_hf)
     write_original(Model(TINY), folder / "original")
     source = opened(folder / "original")
@@ -232,7 +246,9 @@ def test_a_link_out_of_the_folder_is_refused(tiny_hf: Path, tmp_path: Path, copi
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "", "..", "C:x", "a\0b"])
-def test_an_index_that_points_out_of_its_folder_is_refused(name: str, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_an_index_that_points_out_of_its_folder_is_refused(
+    name: str, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     folder = copied(tiny_hf)
     index = folder / "model.safetensors.index.json"
     table = json.loads(index.read_text())
@@ -243,7 +259,9 @@ def test_an_index_that_points_out_of_its_folder_is_refused(name: str, tiny_hf: P
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 3}, {}, "x"])
-def test_an_index_without_a_usable_map_is_refused(weight_map: Any, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_an_index_without_a_usable_map_is_refused(
+    weight_map: Any, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     folder = copied(tiny_hf)
     edit_json(folder / "model.safetensors.index.json", weight_map=weight_map)
     with pytest.raises(BadInput):
@@ -268,7 +286,9 @@ INDEX_FAULTS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", INDEX_FAULTS)
-def test_an_index_that_disagrees_with_the_headers_is_refused(fault: str, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_an_index_that_disagrees_with_the_headers_is_refused(
+    fault: str, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     change, words = INDEX_FAULTS[fault]
     with pytest.raises(BadInput, match=words):
         opened(spoil_index(copied(tiny_hf), change))
@@ -420,21 +440,28 @@ def with_number(path: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [(k, v) for k in HF_KEYS for v in NUMBERS if (k, v) != ("num_experts_per_tok", None)], ids=str
 )  # without num_experts_per_tok, experts_per_token says the same
-def test_a_hostile_number_in_the_configuration_is_bad_input(key: str, value: Any, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_a_hostile_number_in_the_configuration_is_bad_input(
+    key: str, value: Any, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     folder = copied(tiny_hf)
     with_number(folder / "config.json", key, value)
     with pytest.raises(BadInput):
         opened(folder)
 
 
-COUNTS, SIZES = ["num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings"], ["rms_norm_eps", "swiglu_limit"]
+COUNTS, SIZES = (
+    ["num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings"],
+    ["rms_norm_eps", "swiglu_limit"],
+)
 ODD = [-1, True, "x", [1], {}, 1e999, 10**30]
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [(k, v) for k in COUNTS + SIZES for v in ODD] + [(k, 0) for k in COUNTS], ids=str
 )
-def test_a_hostile_optional_number_is_bad_input(key: str, value: Any, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_a_hostile_optional_number_is_bad_input(
+    key: str, value: Any, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     folder = copied(tiny_hf)
     with_number(folder / "config.json", key, value)
     with pytest.raises(BadInput):
@@ -478,7 +505,12 @@ def test_a_configuration_that_is_no_object_is_refused(text: str, tiny_hf: Path, 
 
 
 ORIGINAL_KEYS = ["num_experts", "rope_theta", "rope_scaling_factor", "sliding_window", "head_dim"]
-IN_RANGE = [("rope_theta", "1.5"), ("rope_theta", str(1 << 40)), ("rope_scaling_factor", "1.5"), ("rope_scaling_factor", "None")]
+IN_RANGE = [
+    ("rope_theta", "1.5"),
+    ("rope_theta", str(1 << 40)),
+    ("rope_scaling_factor", "1.5"),
+    ("rope_scaling_factor", "None"),
+]
 
 
 @pytest.mark.parametrize(
@@ -508,7 +540,9 @@ FOREIGN: dict[str, tuple[str, torch.dtype, str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_quantization_is_refused_by_its_name(name: str, tiny_hf: Path, copied: Callable[[Path], Path]) -> None:
+def test_a_foreign_quantization_is_refused_by_its_name(
+    name: str, tiny_hf: Path, copied: Callable[[Path], Path]
+) -> None:
     tensor, dtype, words = FOREIGN[name]
     folder = rewrite(copied(tiny_hf), lambda tensors: one_tensor(tensor, dtype) | tensors)
     with pytest.raises(Refused, match=words) as error:
@@ -607,7 +641,11 @@ KEYS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[(key, value) for key in ("block_count", "expert_count", "embedding_length") for value in (-1, 0, True, "x", 2.0)],
+        *[
+            (key, value)
+            for key in ("block_count", "expert_count", "embedding_length")
+            for value in (-1, 0, True, "x", 2.0)
+        ],
         ("block_count", 2_000_000_000),
         ("expert_count", 2_000_000_000),
         ("embedding_length", 2_000_000_000),
@@ -643,7 +681,9 @@ def test_a_quantization_that_is_not_read_is_refused_by_name(layouts: dict[str, P
     assert error.value.found == "IQ4_NL"
 
 
-def test_two_ggufs_in_a_folder_are_not_guessed_between(layouts: dict[str, Path], copied: Callable[[Path], Path]) -> None:
+def test_two_ggufs_in_a_folder_are_not_guessed_between(
+    layouts: dict[str, Path], copied: Callable[[Path], Path]
+) -> None:
     folder = copied(layouts["gguf"])
     (folder / "other.gguf").write_bytes((folder / "model.gguf").read_bytes())
     with pytest.raises(Refused, match="several GGUF models"):
@@ -663,7 +703,16 @@ def test_metal_with_a_wrong_size_or_count_is_refused(layouts: dict[str, Path], c
     path.write_bytes(data + bytes(16))
     with pytest.raises(BadInput, match="size does not fit"):
         opened(path)
-    for at, value in ((36, 0), (40, 0xFFFFFFFF), (48, 63), (32, 0), (140, 0xFFFFFFFF), (60, 32), (76, 0x7FC00000), (80, 0xFF800000)):
+    for at, value in (
+        (36, 0),
+        (40, 0xFFFFFFFF),
+        (48, 63),
+        (32, 0),
+        (140, 0xFFFFFFFF),
+        (60, 32),
+        (76, 0x7FC00000),
+        (80, 0xFF800000),
+    ):
         path.write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
         with pytest.raises(BadInput):
             opened(path)

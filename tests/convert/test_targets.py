@@ -43,7 +43,11 @@ def assert_same_files(found: Path, expected: Path, *, but: set[str] = frozenset(
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-@pytest.fixture(scope="module", params=[(SMALL, ()), (SQUARE, AWKWARD), (replace(SMALL, layers=12), ())], ids=["small", "awkward", "12 layers"])
+@pytest.fixture(
+    scope="module",
+    params=[(SMALL, ()), (SQUARE, AWKWARD), (replace(SMALL, layers=12), ())],
+    ids=["small", "awkward", "12 layers"],
+)
 def model(request: pytest.FixtureRequest) -> Model:
     spec, awkward = request.param
     return Model(spec, awkward)
@@ -70,7 +74,9 @@ def test_the_released_layout_becomes_original_to_the_byte(released: Path, tmp_pa
     assert_same_files(tmp_path / "out", released / "original", but=companions - {"config.json"})
 
 
-def test_original_becomes_the_released_layout_to_the_byte(released: Path, tmp_path: Path, convert: Any, model: Model) -> None:
+def test_original_becomes_the_released_layout_to_the_byte(
+    released: Path, tmp_path: Path, convert: Any, model: Model
+) -> None:
     """config.json too, but for what original/config.json does not know: eps and positions, which are the release's here."""
     convert(released / "original", tmp_path / "out", "hf", split_bytes=LIMIT)
     assert_same_files(tmp_path / "out", released)
@@ -79,14 +85,19 @@ def test_original_becomes_the_released_layout_to_the_byte(released: Path, tmp_pa
 def test_through_gguf_and_back_the_weights_are_the_same_files(released: Path, tmp_path: Path, convert: Any) -> None:
     convert(released, tmp_path / "model.gguf", "gguf")
     convert(tmp_path / "model.gguf", tmp_path / "hf", "hf", split_bytes=LIMIT)
-    for path in [*released.glob("*.safetensors"), *(released / name for name in ("model.safetensors.index.json", "config.json"))]:
+    for path in [
+        *released.glob("*.safetensors"),
+        *(released / name for name in ("model.safetensors.index.json", "config.json")),
+    ]:
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
     for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (released / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("shards", [2, 3, 5])
-def test_original_in_shards_comes_out_as_it_went_in(shards: int, small_model: Model, tmp_path: Path, convert: Any) -> None:
+def test_original_in_shards_comes_out_as_it_went_in(
+    shards: int, small_model: Model, tmp_path: Path, convert: Any
+) -> None:
     write_original(small_model, tmp_path / "in", shards=shards)
     sizes = [path.stat().st_size for path in (tmp_path / "in").glob("*.safetensors")]
     total = json.loads((tmp_path / "in" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
@@ -102,7 +113,9 @@ def test_original_in_shards_comes_out_as_it_went_in(shards: int, small_model: Mo
 def fields(path: Path) -> dict[str, tuple[Any, ...]]:
     reader = gguf.GGUFReader(path)
     return {
-        f.name: (f.types[0], f.types[-1], f.contents()) for f in reader.fields.values() if not f.name.startswith("GGUF.")
+        f.name: (f.types[0], f.types[-1], f.contents())
+        for f in reader.fields.values()
+        if not f.name.startswith("GGUF.")
     }
 
 
@@ -129,7 +142,9 @@ def test_a_gguf_is_what_llama_cpps_converter_writes(
     assert different == {"general.name"}
 
 
-def test_a_ggufs_tensors_lie_in_the_order_of_the_forward_pass_aligned_to_32(hf_folder: Path, tmp_path: Path, convert: Any) -> None:
+def test_a_ggufs_tensors_lie_in_the_order_of_the_forward_pass_aligned_to_32(
+    hf_folder: Path, tmp_path: Path, convert: Any
+) -> None:
     convert(hf_folder, tmp_path / "m.gguf", "gguf")
     tensors = gguf.GGUFReader(tmp_path / "m.gguf").tensors
     offsets = [tensor.data_offset for tensor in tensors]
@@ -180,7 +195,9 @@ def test_bf16_is_what_transformers_saves(released: Path, model: Model, tmp_path:
 
 
 @pytest.mark.parametrize("rope", ["parameters", "scaling"])
-def test_a_fine_tunes_own_configuration_is_carried_through(rope: Any, small_model: Model, tmp_path: Path, convert: Any) -> None:
+def test_a_fine_tunes_own_configuration_is_carried_through(
+    rope: Any, small_model: Model, tmp_path: Path, convert: Any
+) -> None:
     write_bf16(small_model, tmp_path / "in", rope=rope)
     config = json.loads((tmp_path / "in" / "config.json").read_text()) | {"my_key": {"a": [1, None, "ü"]}}
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
@@ -198,7 +215,13 @@ TARGETS = ["gguf", "hf", "original", "bf16"]
 @pytest.mark.parametrize("to", TARGETS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_source_goes_into_every_target_and_keeps_its_values(
-    name: str, to: str, layouts: dict[str, Path], awkward_model: Model, tokenizer_folder: Path, tmp_path: Path, convert: Any
+    name: str,
+    to: str,
+    layouts: dict[str, Path],
+    awkward_model: Model,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    convert: Any,
 ) -> None:
     target = tmp_path / ("out.gguf" if to == "gguf" else "out")
     tokenizer = tokenizer_folder if name.startswith("original") else None
@@ -220,7 +243,9 @@ def test_every_source_goes_into_every_target_and_keeps_its_values(
 
 @pytest.mark.parametrize("experts", ["mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32"])
 @pytest.mark.parametrize("dense", ["bf16", "f32"])
-def test_the_exact_codecs_of_a_gguf_lose_nothing(experts: str, dense: str, square_folder: Path, tmp_path: Path, convert: Any) -> None:
+def test_the_exact_codecs_of_a_gguf_lose_nothing(
+    experts: str, dense: str, square_folder: Path, tmp_path: Path, convert: Any
+) -> None:
     outcome = convert(square_folder, tmp_path / "m.gguf", "gguf", experts=experts, dense=dense)
     assert outcome.document["lossless"]
     assert outcome.document["lost"] == []

@@ -21,7 +21,9 @@ from gptoss_convert.kernels.experts import probes
 F64 = NDArray[np.float64]
 
 
-def forward(values: Mapping[str, NDArray[np.float32]], layer: int, expert: int, x: NDArray[np.float32], limit: float) -> F64:
+def forward(
+    values: Mapping[str, NDArray[np.float32]], layer: int, expert: int, x: NDArray[np.float32], limit: float
+) -> F64:
     """The expert's formula in float64: x [P, D] → [P, D]."""
     stem = f"model.layers.{layer}.mlp.experts."
     wide = {name: values[stem + name].astype(np.float64) for name in ("gate_up_proj", "down_proj")}

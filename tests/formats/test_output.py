@@ -177,7 +177,8 @@ def test_another_plan_starts_clean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tail", "kept"), [(b'{"step": 3, "dig', 3), (b"\x00" * 40 + b"\n", 3), (b"\xff\xfe\n", 3), (b"[1]\n", 3), (b"[" * 9999 + b"\n", 3)]
+    ("tail", "kept"),
+    [(b'{"step": 3, "dig', 3), (b"\x00" * 40 + b"\n", 3), (b"\xff\xfe\n", 3), (b"[1]\n", 3), (b"[" * 9999 + b"\n", 3)],
 )
 def test_a_torn_or_spoiled_end_of_the_journal_costs_only_that(tail: bytes, kept: int, tmp_path: Path) -> None:
     killed(tmp_path / "out")
@@ -192,7 +193,9 @@ def test_a_torn_or_spoiled_end_of_the_journal_costs_only_that(tail: bytes, kept:
         output.close()
 
 
-@pytest.mark.parametrize("text", [b"", b"\n", b"null\n", b'{"plan": "pl', b"\x00" * 100, b'{"step": 0, "digest": "d"}\n'])
+@pytest.mark.parametrize(
+    "text", [b"", b"\n", b"null\n", b'{"plan": "pl', b"\x00" * 100, b'{"step": 0, "digest": "d"}\n']
+)
 def test_a_journal_that_does_not_name_the_plan_is_worth_nothing(text: bytes, tmp_path: Path) -> None:
     killed(tmp_path / "out")
     (tmp_path / ".out.partial" / JOURNAL).write_bytes(text)

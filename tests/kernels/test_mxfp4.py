@@ -167,7 +167,9 @@ def test_a_zero_is_positive_and_a_block_of_zeros_has_scale_zero() -> None:
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 near = st.floats(-8, 8, width=32)
-grid = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, -0.25, -5.0])
+grid = st.sampled_from(
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, -0.25, -5.0]
+)
 
 
 @settings(max_examples=300, deadline=None)

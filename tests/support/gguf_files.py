@@ -180,7 +180,9 @@ def fuse_qkv(path: Path, target: Path) -> Path:
     for name, tensor in tensors.items():
         if ".attn_k." in name or ".attn_v." in name:
             continue
-        parts = [tensors[name.replace(".attn_q.", f".attn_{part}.")] for part in "qkv"] if ".attn_q." in name else [tensor]
+        parts = (
+            [tensors[name.replace(".attn_q.", f".attn_{part}.")] for part in "qkv"] if ".attn_q." in name else [tensor]
+        )
         data = np.concatenate([np.array(part.data) for part in parts])
         writer.add_tensor(name.replace(".attn_q.", ".attn_qkv."), data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()

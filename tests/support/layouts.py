@@ -32,7 +32,9 @@ LAYOUTS: dict[str, Callable[[Model, Path], object]] = {
     "gguf": lambda model, folder: write_gguf(model, folder / "model.gguf"),
     "gguf, f16 and f32": lambda model, folder: write_gguf(model, folder / "model.gguf", dense="f16", experts="f32"),
     "gguf split": lambda model, folder: write_gguf(model, folder / "model.gguf", split=17),
-    "gguf, fused qkv": lambda model, folder: fuse_qkv(*write_gguf(model, folder / "unfused.gguf"), folder / "fused.gguf"),
+    "gguf, fused qkv": lambda model, folder: fuse_qkv(
+        *write_gguf(model, folder / "unfused.gguf"), folder / "fused.gguf"
+    ),
 }
 INSIDE = {"original": "original", "original split": "original", "metal": "model.bin"}
 
