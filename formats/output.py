@@ -28,6 +28,7 @@ from typing import Any
 from gptoss_convert.errors import CannotWrite, TargetExists
 
 JOURNAL = "journal"
+_WRITTEN = (".safetensors", ".gguf", ".json", ".jinja", "README.md", "LICENSE", "USAGE_POLICY")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,6 +47,10 @@ class Output:
         self._created: list[Path] = []
         self._journal = -1
         self._lock = Lock()
+        try:
+            self._recover()
+        except OSError as error:
+            raise _cannot(error, target) from error
         self._refuse_existing()
 
     def _refuse_existing(self) -> None:
@@ -71,8 +76,6 @@ class Output:
     def open(self, plan_digest: str, files: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
         """Lock, reserve the space of every (name, bytes), and return what an earlier run of this plan has journalled."""
         try:
-            self._recover_replaced()
-            self._refuse_existing()
             self._make_partial()
             self._journal = os.open(
                 self.partial / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
@@ -113,10 +116,7 @@ class Output:
             return
         except FileExistsError:
             pass
-        inside = {entry.name for entry in self.partial.iterdir()} if not self.partial.is_symlink() else {"?"}
-        journal = self.partial / JOURNAL
-        ours = not inside or (JOURNAL in inside and not journal.is_symlink() and _is_journal(journal))
-        if self.partial.is_symlink() or not ours:
+        if self.partial.is_symlink() or not self.partial.is_dir() or not _is_ours(self.partial):
             raise TargetExists(
                 "the place for unfinished output is taken by something that this tool did not write",
                 file=self.partial, remedy="look at it, remove it yourself, and run again",
@@ -126,14 +126,17 @@ class Output:
     def _replaced(self) -> Path:
         return self.target.parent / f".{self.target.name}.replaced"
 
-    def _recover_replaced(self) -> None:
-        """A run killed while it replaced a folder left the old one under another name: put it back, or finish its removal."""
-        if not self.is_folder or self._replaced.is_symlink() or not (self._replaced / self.marker).is_file():
+    def _recover(self) -> None:
+        """A run killed in the moment of publishing a folder: take up from where it was."""
+        if not self.is_folder or self.target.is_symlink() or self._replaced.is_symlink():
             return
-        if os.path.lexists(self.target):
-            shutil.rmtree(self._replaced)
-        else:
-            self._replaced.rename(self.target)
+        if not os.path.lexists(self.partial) and _begins_as_a_journal(self.target / JOURNAL):
+            self.target.rename(self.partial)  # it had its name, but was not done: its journal is still there
+        if (self._replaced / self.marker).is_file():
+            if os.path.lexists(self.target):
+                shutil.rmtree(self._replaced)
+            else:
+                self._replaced.rename(self.target)
 
     def _earlier(self, plan_digest: str) -> list[dict[str, Any]]:
         records, sound = [], 0
@@ -307,13 +310,26 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _is_journal(path: Path) -> bool:
-    """Whether a file is a journal of this tool, or one that was killed before its first line was whole."""
-    if not path.is_file():
+def _begins_as_a_journal(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
-        first = file.readline(200)
-    return not first or first.startswith(b'{"plan"') or b'{"plan"'.startswith(first)
+        return file.readline(200).startswith(b'{"plan"')
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a hidden folder is one that a run of ours left: empty, with a journal that begins as ours do, or, where a crash
+    spoilt the journal, with nothing beside it but files of the kinds that we write.
+    """
+    entries = list(folder.iterdir())
+    journal = folder / JOURNAL
+    if not entries:
+        return True
+    if any(entry.is_symlink() or not entry.is_file() for entry in entries) or journal not in entries:
+        return False
+    if _begins_as_a_journal(journal):
+        return True
+    return all(entry == journal or entry.suffix in _WRITTEN or entry.name in _WRITTEN for entry in entries)
 
 
 def _allocate(fd: int, size: int) -> None:

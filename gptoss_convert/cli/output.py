@@ -17,6 +17,7 @@ Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call; safe from any thread."""
 
 PLAIN_LINE_SECONDS = 10.0
+PIPE_COLUMNS = 1000
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
@@ -26,7 +27,9 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None
         return
     from rich.console import Console
 
-    render(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    # Into a file or a pipe nothing is cut to a width that nobody has.
+    terminal = sys.stdout.isatty()
+    render(Console(highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_COLUMNS))
 
 
 class _Documents:

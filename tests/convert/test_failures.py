@@ -66,8 +66,8 @@ def test_a_target_that_exists_is_8_and_stays(to: str, hf_folder: Path, tmp_path:
     assert "the target exists" in err
     assert "--overwrite" in err
     assert (target.read_bytes(), left(tmp_path)) == (b"mine", {"m.gguf"})
-    assert in_process(hf_folder, target, "--to", to, "--overwrite")[0] == 0
-    assert target.is_dir() == (to == "hf")
+    # A folder takes the place of a folder only, a file of a file.
+    assert in_process(hf_folder, target, "--to", to, "--overwrite")[0] == (8 if to == "hf" else 0)
     assert left(tmp_path) == ({"m.gguf"} if to == "hf" else {"m.gguf", "m.gguf.certificate.json"})
 
 

@@ -21,10 +21,14 @@ from tokenizers import Tokenizer
 from gptoss_convert.cli import main
 from gptoss_convert.cli.convert import Size
 from gptoss_convert.convert.resolve import resolve_source
+from gptoss_convert.convert.source import open_source
+from gptoss_convert.convert.target_gguf import build_metadata, gguf_slots
 from gptoss_convert.convert.verify import verify
 from gptoss_convert.convert.verify_report import Report, Status
 from gptoss_convert.errors import BadInput, ExitCode, GptOssError, Refused, UsageError
 from gptoss_convert.formats.digests import format_sums
+from gptoss_convert.formats.gguf import u32
+from gptoss_convert.quant.recipe import plain
 
 TINY = replace(SMALL, layers=1, experts=2)
 
@@ -129,7 +133,7 @@ def test_a_tokenizer_that_llama_cpp_would_not_reproduce_is_refused_for_gguf(
     change: Callable[[Any], object], tiny: Path, tmp_path: Path, convert: Any
 ) -> None:
     edit(tiny / "tokenizer.json", change)
-    with pytest.raises(Refused, match="llama.cpp would tokenize differently"):
+    with pytest.raises(Refused, match=r"llama\.cpp would tokenize differently"):
         convert(tiny, tmp_path / "m.gguf", "gguf", proof=False)
 
 
@@ -265,9 +269,7 @@ def test_the_written_config_says_what_is_written(target: str, tiny: Path, tmp_pa
         assert written.get("quantization_config", {}).get("quant_method") == ("mxfp4" if target == "hf" else None)
 
 
-def test_a_name_is_honoured_and_another_alignment_dropped_from_a_gguf(
-    tiny_model: Model, tmp_path: Path, convert: Any
-) -> None:
+def test_a_name_is_honoured_where_the_gguf_has_none(tiny_model: Model, tmp_path: Path, convert: Any) -> None:
     write_gguf(tiny_model, tmp_path / "in.gguf")
     source = bytearray((tmp_path / "in.gguf").read_bytes())
     at = source.index(b"general.name")
@@ -275,6 +277,17 @@ def test_a_name_is_honoured_and_another_alignment_dropped_from_a_gguf(
     (tmp_path / "in.gguf").write_bytes(source)
     convert(tmp_path / "in.gguf", tmp_path / "m.gguf", "gguf", proof=False, name="Mine")
     assert keys_of(tmp_path / "m.gguf")["general.name"] == "Mine"
+
+
+def test_another_alignment_and_a_wrong_token_id_are_not_copied_from_a_gguf(tiny_model: Model, tmp_path: Path) -> None:
+    write_gguf(tiny_model, tmp_path / "in.gguf")
+    with open_source(tmp_path / "in.gguf") as source:
+        tensors = [slot for group in gguf_slots(source.config, plain("mxfp4", "bf16")).values() for slot in group]
+        source.metadata = {**source.metadata, "general.alignment": u32(4096)}
+        assert "general.alignment" not in dict(build_metadata(source, tensors, None))
+        source.metadata = {**source.metadata, "tokenizer.ggml.eos_token_id": u32(399_999)}
+        with pytest.raises(BadInput, match="eos_token_id"):
+            build_metadata(source, tensors, None)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "caf\udce9", " ", ""])

@@ -14,7 +14,8 @@ from gptoss_convert.errors import BadInput, CannotWrite, TargetExists
 from gptoss_convert.formats import output as module
 from gptoss_convert.formats.output import JOURNAL, Output, write_atomically
 
-FILES = [("a.bin", 1000), ("b.bin", 0), ("c.bin", 70)]
+MARKER = "gptoss-certificate.json"
+FILES = [("a.gguf", 1000), ("b.gguf", 0), ("c.gguf", 70)]
 
 
 def names(folder: Path) -> list[str]:
@@ -22,9 +23,9 @@ def names(folder: Path) -> list[str]:
 
 
 def fill(output: Output) -> None:
-    output.write("a.bin", 0, b"1" * 600)
-    output.write("a.bin", 600, memoryview(b"2" * 400))
-    output.write("c.bin", 0, b"3" * 70)
+    output.write("a.gguf", 0, b"1" * 600)
+    output.write("a.gguf", 600, memoryview(b"2" * 400))
+    output.write("c.gguf", 0, b"3" * 70)
 
 
 def killed(target: Path, plan: str = "plan", records: int = 3) -> None:
@@ -46,8 +47,8 @@ def test_a_folder_appears_at_once_and_whole(tmp_path: Path) -> None:
         output.write_small("small.json", b"{}")
         output.publish()
     assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["a.bin", "b.bin", "c.bin", "small.json"]
-    assert (tmp_path / "out" / "a.bin").read_bytes() == b"1" * 600 + b"2" * 400
+    assert names(tmp_path / "out") == ["a.gguf", "b.gguf", "c.gguf", "small.json"]
+    assert (tmp_path / "out" / "a.gguf").read_bytes() == b"1" * 600 + b"2" * 400
 
 
 def test_a_file_appears_at_once_with_its_certificate_beside_it(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_folders_above_are_made(tmp_path: Path) -> None:
     with Output(tmp_path / "a" / "b" / "out", folder=True) as output:
         output.open("plan", FILES)
         output.publish()
-    assert (tmp_path / "a" / "b" / "out" / "c.bin").stat().st_size == 70
+    assert (tmp_path / "a" / "b" / "out" / "c.gguf").stat().st_size == 70
 
 
 @pytest.mark.parametrize("kind", ["a file", "a folder", "a dangling link"])
@@ -93,34 +94,61 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert len(names(tmp_path / "out")) == 3
 
 
-def test_a_target_that_appears_meanwhile_is_not_replaced_and_the_work_is_kept(tmp_path: Path) -> None:
+def test_a_target_that_appears_meanwhile_is_not_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
     with pytest.raises(TargetExists), Output(tmp_path / "out", folder=True) as output:
         output.open("plan", FILES)
         (tmp_path / "out").write_bytes(b"somebody's")
         output.publish()
     assert (tmp_path / "out").read_bytes() == b"somebody's"
-    assert names(tmp_path) == [".out.partial", "out"]
-    (tmp_path / "out").unlink()
-    with Output(tmp_path / "out", folder=True) as output:
-        output.open("plan", FILES)
-        output.publish()
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("before", ["a file", "a folder"])
-def test_overwriting_replaces_a_folder_or_file_when_the_new_one_is_whole(before: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["a file", "a link", "somebody's folder"])
+def test_overwriting_a_folder_replaces_only_one_of_ours(before: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
     if before == "a file":
         target.write_bytes(b"old")
     else:
-        target.mkdir()
-        (target / "old").write_bytes(b"old")
+        folder = target if before == "somebody's folder" else tmp_path / "elsewhere"
+        folder.mkdir()
+        (folder / "thesis").write_bytes(b"old")
+        if before == "a link":
+            target.symlink_to(folder)
+    with pytest.raises(TargetExists):
+        Output(target, folder=True, overwrite=True)
+    assert os.path.lexists(target)
+
+
+def test_a_hidden_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "letter").write_text("dear")
+    (tmp_path / ".out.partial").symlink_to(precious)
+    with pytest.raises(TargetExists, match="did not write"), Output(tmp_path / "out", folder=True) as output:
+        output.open("plan", FILES)
+    (tmp_path / ".out.partial").unlink()
+    precious.rename(tmp_path / ".out.partial")
+    with pytest.raises(TargetExists, match="did not write"), Output(tmp_path / "out", folder=True) as output:
+        output.open("plan", FILES)
+    assert (tmp_path / ".out.partial" / "letter").read_text() == "dear"
+    (tmp_path / ".out.partial" / "letter").unlink()
+    (tmp_path / "victim").write_text("dear")
+    (tmp_path / ".out.partial" / JOURNAL).symlink_to(tmp_path / "victim")
+    with pytest.raises(TargetExists, match="did not write"), Output(tmp_path / "out", folder=True) as output:
+        output.open("plan", FILES)
+    assert (tmp_path / "victim").read_text() == "dear"
+
+
+def test_overwriting_replaces_a_folder_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / MARKER).write_bytes(b"{}")
     with Output(target, folder=True, overwrite=True) as output:
         output.open("plan", FILES)
-        assert target.is_file() or names(target) == ["old"]
+        assert names(target) == [MARKER]
         output.publish()
     assert names(tmp_path) == ["out"]
-    assert names(target) == ["a.bin", "b.bin", "c.bin"]
+    assert names(target) == ["a.gguf", "b.gguf", "c.gguf"]
 
 
 def test_overwriting_with_a_failure_keeps_the_old(tmp_path: Path) -> None:
@@ -134,7 +162,7 @@ def test_overwriting_with_a_failure_keeps_the_old(tmp_path: Path) -> None:
 
 def test_a_folder_is_never_overwritten_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "out.gguf").mkdir()
-    with pytest.raises(TargetExists, match="a folder stands"):
+    with pytest.raises(TargetExists, match="stands in the target's place"):
         Output(tmp_path / "out.gguf", folder=False, overwrite=True)
     assert names(tmp_path) == ["out.gguf"]
 
@@ -143,12 +171,12 @@ def test_a_run_killed_while_replacing_does_not_block_the_next(tmp_path: Path) ->
     for left in ([".out.replaced"], [".out.replaced", "out"]):
         for name in left:
             (tmp_path / name).mkdir()
-            (tmp_path / name / "old").write_bytes(b"old")
+            (tmp_path / name / MARKER).write_bytes(b"old")
         with Output(tmp_path / "out", folder=True, overwrite=True) as output:
             output.open("plan", FILES)
             output.publish()
         assert names(tmp_path) == ["out"]
-        assert names(tmp_path / "out") == ["a.bin", "b.bin", "c.bin"]
+        assert names(tmp_path / "out") == ["a.gguf", "b.gguf", "c.gguf"]
         for path in (tmp_path / "out").iterdir():
             path.unlink()
         (tmp_path / "out").rmdir()
@@ -161,19 +189,18 @@ def test_a_killed_runs_records_come_back_for_the_same_plan(tmp_path: Path) -> No
     killed(tmp_path / "out")
     with Output(tmp_path / "out", folder=True) as output:
         assert output.open("plan", FILES) == [{"step": i, "digest": "d"} for i in range(3)]
-        assert output.read("a.bin", 599, 2) == b"12"
+        assert output.read("a.gguf", 599, 2) == b"12"
         output.close()
 
 
 def test_another_plan_starts_clean(tmp_path: Path) -> None:
     killed(tmp_path / "out")
-    (tmp_path / ".out.partial" / "other").mkdir()
-    (tmp_path / ".out.partial" / "other" / "file").write_bytes(b"x")
+    (tmp_path / ".out.partial" / "other.gguf").write_bytes(b"x")
     with Output(tmp_path / "out", folder=True) as output:
         assert output.open("other plan", FILES) == []
-        assert output.read("a.bin", 0, 1000) == bytes(1000)
+        assert output.read("a.gguf", 0, 1000) == bytes(1000)
         output.publish()
-    assert names(tmp_path / "out") == ["a.bin", "b.bin", "c.bin"]
+    assert names(tmp_path / "out") == ["a.gguf", "b.gguf", "c.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +237,8 @@ def test_a_journal_that_does_not_name_the_plan_is_worth_nothing(text: bytes, tmp
 def test_files_of_a_wrong_size_are_brought_to_theirs(tmp_path: Path) -> None:
     killed(tmp_path / "out")
     partial = tmp_path / ".out.partial"
-    (partial / "a.bin").write_bytes(b"9" * 5000)
-    (partial / "c.bin").write_bytes(b"9")
+    (partial / "a.gguf").write_bytes(b"9" * 5000)
+    (partial / "c.gguf").write_bytes(b"9")
     with Output(tmp_path / "out", folder=True) as output:
         output.open("plan", FILES)
         assert {n: (partial / n).stat().st_size for n, _ in FILES} == dict(FILES)
@@ -221,9 +248,9 @@ def test_files_of_a_wrong_size_are_brought_to_theirs(tmp_path: Path) -> None:
 def test_a_planted_link_in_the_hidden_folder_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"precious")
     killed(tmp_path / "out")
-    (tmp_path / ".out.partial" / "a.bin").unlink()
-    (tmp_path / ".out.partial" / "a.bin").symlink_to(tmp_path / "precious")
-    with pytest.raises(CannotWrite), Output(tmp_path / "out", folder=True) as output:
+    (tmp_path / ".out.partial" / "a.gguf").unlink()
+    (tmp_path / ".out.partial" / "a.gguf").symlink_to(tmp_path / "precious")
+    with pytest.raises(TargetExists), Output(tmp_path / "out", folder=True) as output:
         output.open("plan", FILES)
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
@@ -239,7 +266,7 @@ def test_a_second_run_is_told_and_does_no_harm(tmp_path: Path) -> None:
             with pytest.raises(TargetExists, match="another run"), Output(tmp_path / "out", folder=True) as second:
                 second.open(plan, FILES)
         first.publish()
-    assert (tmp_path / "out" / "a.bin").read_bytes() == b"1" * 600 + b"2" * 400
+    assert (tmp_path / "out" / "a.gguf").read_bytes() == b"1" * 600 + b"2" * 400
 
 
 def test_a_run_that_fails_before_it_begins_leaves_anothers_work_alone(tmp_path: Path) -> None:
@@ -249,7 +276,7 @@ def test_a_run_that_fails_before_it_begins_leaves_anothers_work_alone(tmp_path: 
         fill(first)
         with pytest.raises(BadInput), Output(tmp_path / "out", folder=True):
             raise BadInput("a source that does not open")
-        assert first.path("a.bin").stat().st_size == 1000
+        assert first.path("a.gguf").stat().st_size == 1000
         first.publish()
     killed(tmp_path / "later")
     with pytest.raises(BadInput), Output(tmp_path / "later", folder=True):
@@ -338,15 +365,15 @@ def test_a_system_that_cannot_reserve_still_looks_for_space(tmp_path: Path, monk
     with Output(tmp_path / "out", folder=True) as output:
         output.open("plan", FILES)
         output.publish()
-    assert (tmp_path / "out" / "a.bin").stat().st_size == 1000
+    assert (tmp_path / "out" / "a.gguf").stat().st_size == 1000
     with pytest.raises(CannotWrite, match="not enough space"), Output(tmp_path / "huge", folder=True) as output:
-        output.open("plan", [("a.bin", 1 << 55)])
+        output.open("plan", [("a.gguf", 1 << 55)])
     assert names(tmp_path) == ["out"]
 
 
-def test_a_file_where_the_hidden_folder_belongs_is_cannot_write(tmp_path: Path) -> None:
+def test_a_file_where_the_hidden_folder_belongs_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").write_bytes(b"mine")
-    with pytest.raises(CannotWrite), Output(tmp_path / "out", folder=True) as output:
+    with pytest.raises(TargetExists), Output(tmp_path / "out", folder=True) as output:
         output.open("plan", FILES)
     assert (tmp_path / ".out.partial").read_bytes() == b"mine"
 
