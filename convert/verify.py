@@ -8,7 +8,9 @@ rank all must agree; what a lower rank objects is a note.
    change the list;
 3. the hub client's tree record: the same, and for small files only git's SHA-1.
 
-A file that nobody knows is unknown and never counts as verified; so is a file whose contents were not hashed. The pins
+A file that nobody knows is unknown and never counts as verified; so is a file whose contents were not hashed. A list
+itself needs no word while it is the best authority there is; one found beside the files is a file like any other as soon
+as the pins or a list of the user's are in force. The pins
 bind a folder that is, says it is, or by names and sizes looks like one of the pinned repositories; anywhere else they
 only recognise files by digest. Another text of README.md is unknown rather than wrong: it changes between revisions. So
 do other small files of a snapshot whose commit is newer than the pins; the weights are bound at every commit.

@@ -72,7 +72,9 @@ def test_the_dry_run_is_a_table_for_people(hf_folder: Path, tmp_path: Path, in_p
     assert "peak memory at most" in out
 
 
-def test_a_dry_run_refuses_what_the_run_would_refuse(hf_folder: Path, layouts: Any, tmp_path: Path, in_process: Cli) -> None:
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    hf_folder: Path, layouts: Any, tmp_path: Path, in_process: Cli
+) -> None:
     assert in_process("convert", layouts["original"], tmp_path / "m.gguf", "--to", "gguf", "--dry-run")[0] == 10
     assert in_process("convert", hf_folder, tmp_path / "m", "--to", "gguf", "--dry-run")[0] == 2
     assert in_process("convert", tmp_path / "no", tmp_path / "m", "--to", "hf", "--dry-run")[0] == 3
@@ -121,7 +123,8 @@ def test_a_relative_target_is_made_where_the_user_stands(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1", 1), ("4GB", 4 * 10**9), ("4gib", 4 << 30), ("1.5 MB", 1_500_000), ("512KiB", 512 << 10), ("7b", 7)]
+    ("text", "size"),
+    [("1", 1), ("4GB", 4 * 10**9), ("4gib", 4 << 30), ("1.5 MB", 1_500_000), ("512KiB", 512 << 10), ("7b", 7)],
 )
 def test_sizes_have_decimal_and_binary_units(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
@@ -158,7 +161,9 @@ def test_the_groups_help_loads_nothing_heavy(arguments: list[str]) -> None:
 def test_the_groups_help_comes_within_half_a_second() -> None:
     def seconds() -> float:
         start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-P", "-m", "gptoss_convert", "--help"], capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "gptoss_convert", "--help"], capture_output=True, text=True, check=True
+        )
         assert "convert" in result.stdout
         return time.perf_counter() - start
 
@@ -168,5 +173,15 @@ def test_the_groups_help_comes_within_half_a_second() -> None:
 def test_the_verbs_help_names_every_option(in_process: Cli) -> None:
     code, out, _ = in_process("convert", "--help")
     assert code == 0
-    for option in ("--to", "--experts", "--dense", "--split-size", "--threads", "--dry-run", "--no-proof", "--overwrite", "--gate-proj"):
+    for option in (
+        "--to",
+        "--experts",
+        "--dense",
+        "--split-size",
+        "--threads",
+        "--dry-run",
+        "--no-proof",
+        "--overwrite",
+        "--gate-proj",
+    ):
         assert option in out

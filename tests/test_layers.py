@@ -83,7 +83,14 @@ def test_only_the_command_line_prints() -> None:
 
 def test_no_module_opens_pickles_or_maps_files() -> None:
     for module, path in MODULES.items():
-        found = {name.split(".")[0] for name in imports(path)} & {"pickle", "marshal", "shelve", "mmap", "torch", "safetensors"}
+        found = {name.split(".")[0] for name in imports(path)} & {
+            "pickle",
+            "marshal",
+            "shelve",
+            "mmap",
+            "torch",
+            "safetensors",
+        }
         assert not found, f"{module} imports {found}"
 
 

@@ -15,7 +15,7 @@ import traceback
 import click
 
 from gptoss_convert import __version__
-from gptoss_convert.cli.output import expect_document, print_document
+from gptoss_convert.cli.output import expect_document, print_error
 from gptoss_convert.errors import CannotWrite, ExitCode, GptOssError
 
 VERBS = {
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         _interrupted(as_json)
     except click.ClickException as error:
         if as_json:
-            print_document({"error": "UsageError", "exit_code": int(ExitCode.USAGE), "what": error.format_message()})
+            print_error({"error": "UsageError", "exit_code": int(ExitCode.USAGE), "what": error.format_message()})
         error.show(file=sys.stderr)
         _leave(ExitCode.USAGE)
     except GptOssError as error:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         traceback.print_exc()
         print("this is a mistake in gptoss-convert, not in your files; please report it", file=sys.stderr)
         if as_json:
-            print_document({"error": "Internal", "exit_code": int(ExitCode.INTERNAL), "what": repr(error)})
+            print_error({"error": "Internal", "exit_code": int(ExitCode.INTERNAL), "what": repr(error)})
         _leave(ExitCode.INTERNAL)
 
 
@@ -102,7 +102,7 @@ def _write_anything() -> None:
 
 def _report(error: GptOssError, as_json: bool) -> None:
     if as_json:
-        print_document(error.as_dict())
+        print_error(error.as_dict())
     print(f"error: {error}", file=sys.stderr)
     _leave(error.code)
 
@@ -110,7 +110,7 @@ def _report(error: GptOssError, as_json: bool) -> None:
 def _interrupted(as_json: bool) -> None:
     what = "interrupted; run the same command again to go on"
     if as_json:
-        print_document({"error": "Interrupted", "exit_code": int(ExitCode.INTERRUPTED), "what": what})
+        print_error({"error": "Interrupted", "exit_code": int(ExitCode.INTERRUPTED), "what": what})
     print(what, file=sys.stderr)
     _leave(ExitCode.INTERRUPTED)
 

@@ -23,7 +23,7 @@ PIPE_COLUMNS = 1000
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None]) -> None:
     """Print the result: the JSON document, or what `render` draws for people."""
     if as_json:
-        print_document(result)
+        _print_document(result)
         return
     from rich.console import Console
 
@@ -33,7 +33,7 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[Console], None
 
 
 class _Documents:
-    """Whether a JSON document has gone to stdout already: it is to be the only one."""
+    """Whether the command's result has gone to stdout already: no error document may follow it."""
 
     printed = False
 
@@ -43,12 +43,16 @@ def expect_document() -> None:
     _Documents.printed = False
 
 
-def print_document(document: Mapping[str, object]) -> None:
-    """Print the command's one JSON document; a second one, of an error after the result, is left out."""
-    text = json.dumps(document, indent=2, ensure_ascii=True)
+def print_error(document: Mapping[str, object]) -> None:
+    """Print an error as the command's one JSON document, unless its result stands there already."""
     if not _Documents.printed:
-        _Documents.printed = True
-        print(text)
+        _print_document(document)
+
+
+def _print_document(document: Mapping[str, object]) -> None:
+    text = json.dumps(document, indent=2, ensure_ascii=True)
+    _Documents.printed = True
+    print(text)
 
 
 def human_bytes(count: float) -> str:

@@ -74,7 +74,9 @@ def reference(sources: Path, tmp_path_factory: pytest.TempPathFactory, convert: 
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_the_number_of_threads_changes_nothing(threads: int, sources: Path, reference: Any, tmp_path: Path, convert: Any) -> None:
+def test_the_number_of_threads_changes_nothing(
+    threads: int, sources: Path, reference: Any, tmp_path: Path, convert: Any
+) -> None:
     for source, name, to, options in RUNS:
         convert(sources / source, tmp_path / name, to, threads=threads, **options)
     assert digests(tmp_path) == reference
@@ -82,7 +84,12 @@ def test_the_number_of_threads_changes_nothing(threads: int, sources: Path, refe
 
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "a seed of hashing and C": {"PYTHONHASHSEED": "1", "LC_ALL": "C", "OPENBLAS_NUM_THREADS": "1"},
-    "another seed and Turkish": {"PYTHONHASHSEED": "4242", "LC_ALL": "tr_TR.UTF-8", "TZ": "Pacific/Apia", "COLUMNS": "20"},
+    "another seed and Turkish": {
+        "PYTHONHASHSEED": "4242",
+        "LC_ALL": "tr_TR.UTF-8",
+        "TZ": "Pacific/Apia",
+        "COLUMNS": "20",
+    },
 }
 
 
@@ -95,12 +102,23 @@ def test_neither_environment_nor_place_nor_time_changes_anything(
     for path in elsewhere.rglob("*"):
         os.utime(path, (1_000_000_000, 1_000_000_000))
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-P", "-c", DRIVER, os.path.relpath(elsewhere, tmp_path / "out"), ".", "3", json.dumps(RUNS)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        DRIVER,
+        os.path.relpath(elsewhere, tmp_path / "out"),
+        ".",
+        "3",
+        json.dumps(RUNS),
+    ]
     subprocess.run(command, cwd=tmp_path / "out", env=os.environ | ENVIRONMENTS[name], check=True, timeout=120)
     assert digests(tmp_path / "out") == reference
 
 
-def test_going_over_a_split_source_is_going_over_a_whole_one(sources: Path, reference: Any, tmp_path: Path, convert: Any) -> None:
+def test_going_over_a_split_source_is_going_over_a_whole_one(
+    sources: Path, reference: Any, tmp_path: Path, convert: Any
+) -> None:
     """Shards are another input, so the certificate differs; the artifact may not."""
     from safetensors.torch import load_file, save_file
 

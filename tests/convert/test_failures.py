@@ -241,7 +241,9 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.fixture(params=["at the first step", "at the last step", "during the proof"])
-def moment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], Any]], None]]:
+def moment(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Callable[[], Any]], None]]:
     """Have something done once at a moment of the run."""
 
     def at(action: Callable[[], Any]) -> None:
@@ -265,7 +267,7 @@ def moment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
         monkeypatch.setattr(run, "do_step", counted)
 
-    yield at
+    return at
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -280,7 +282,9 @@ def test_a_source_that_changes_under_the_run_is_9(
     assert left(tmp_path) == {"in"}
 
 
-def test_a_source_that_is_truncated_beforehand_is_3_and_named(own_folder: Path, tmp_path: Path, in_process: Cli) -> None:
+def test_a_source_that_is_truncated_beforehand_is_3_and_named(
+    own_folder: Path, tmp_path: Path, in_process: Cli
+) -> None:
     path = sorted(own_folder.glob("*.safetensors"))[1]
     truncate(path)
     code, _, err = in_process(own_folder, tmp_path / "m.gguf", "--to", "gguf")
@@ -290,7 +294,9 @@ def test_a_source_that_is_truncated_beforehand_is_3_and_named(own_folder: Path, 
     assert left(tmp_path) == {"in"}
 
 
-def test_a_read_that_fails_is_no_traceback(own_folder: Path, tmp_path: Path, in_process: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_fails_is_no_traceback(
+    own_folder: Path, tmp_path: Path, in_process: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true, calls = os.preadv, 0
 
     def fail(*arguments: Any) -> int:
@@ -312,7 +318,9 @@ def test_a_read_that_fails_is_no_traceback(own_folder: Path, tmp_path: Path, in_
 # --- the rest ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_source_is_3_and_a_missing_tokenizer_10(hf_folder: Path, tmp_path: Path, in_process: Cli, layouts: Any) -> None:
+def test_a_missing_source_is_3_and_a_missing_tokenizer_10(
+    hf_folder: Path, tmp_path: Path, in_process: Cli, layouts: Any
+) -> None:
     assert in_process(tmp_path / "nothing", tmp_path / "m.gguf", "--to", "gguf")[0] == 3
     code, _, err = in_process(layouts["original"], tmp_path / "m.gguf", "--to", "gguf")
     assert code == 10
@@ -320,7 +328,9 @@ def test_a_missing_source_is_3_and_a_missing_tokenizer_10(hf_folder: Path, tmp_p
     assert left(tmp_path) == set()
 
 
-def test_a_failed_proof_is_11(hf_folder: Path, tmp_path: Path, in_process: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_proof_is_11(
+    hf_folder: Path, tmp_path: Path, in_process: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = run.piece_bytes
 
     def spoil(*arguments: Any) -> Any:
@@ -351,10 +361,18 @@ def test_a_mistake_of_the_program_is_70_and_asks_for_a_report(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "ggml"], ["--to", "gguf", "--experts", "q9"], ["--to", "gguf", "--split-size", "-4"], [],
-                  ["--to", "gguf", "--split-size", "4XB"], ["--to", "gguf", "--threads", "-1"], ["--to", "hf", "--experts", "mxfp4"],
-                  ["--to", "hf", "--nonsense"]],
-)  # fmt: skip
+    "arguments",
+    [
+        ["--to", "ggml"],
+        ["--to", "gguf", "--experts", "q9"],
+        ["--to", "gguf", "--split-size", "-4"],
+        [],
+        ["--to", "gguf", "--split-size", "4XB"],
+        ["--to", "gguf", "--threads", "-1"],
+        ["--to", "hf", "--experts", "mxfp4"],
+        ["--to", "hf", "--nonsense"],
+    ],
+)
 def test_a_wrong_command_is_2(arguments: list[str], hf_folder: Path, tmp_path: Path, in_process: Cli) -> None:
     code, _, err = in_process(hf_folder, tmp_path / "m.gguf", *arguments)
     assert code == 2

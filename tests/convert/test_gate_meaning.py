@@ -99,9 +99,9 @@ def test_layers_that_disagree_decide_nothing(small_model: Model, tmp_path: Path)
     other = tmp_path / "halves"
     write_per_expert(small_model, other, "halves")
     mine, theirs = ({}, {})
-    for folder, tensors in ((tmp_path, mine), (other, theirs)):
+    for folder, all_tensors in ((tmp_path, mine), (other, theirs)):
         for path in sorted(folder.glob("*.safetensors")):
-            tensors |= load_file(path)
+            all_tensors.update(load_file(path))
             path.unlink()
         (folder / "model.safetensors.index.json").unlink()
     mixed: dict[str, torch.Tensor] = {name: (theirs if ".layers.1." in name else mine)[name] for name in mine}

@@ -53,7 +53,9 @@ def test_scale_bytes_wrap_back(tmp_path: Path) -> None:
     model = Model(replace(SMALL, layers=1))
     for matrix in ("mlp1", "mlp2"):
         scales = model.tensors[f"block.0.mlp.{matrix}_weight.scales"]
-        scales.view(-1)[: len(scales.view(-1))] = torch.arange(scales.numel(), dtype=torch.int64).remainder(256).to(torch.uint8)
+        scales.view(-1)[: len(scales.view(-1))] = (
+            torch.arange(scales.numel(), dtype=torch.int64).remainder(256).to(torch.uint8)
+        )
     write_metal(model, tmp_path / "model.bin")
     with open_source(tmp_path / "model.bin") as source:
         view = source.views["model.layers.0.mlp.experts.down_proj"]
@@ -66,9 +68,18 @@ def test_the_configuration_is_worked_out_of_the_header(spec: Any, tmp_path: Path
     write_metal(Model(spec), tmp_path / "model.bin")
     with open_source(tmp_path / "model.bin") as source:
         config = source.config
-    assert (config.layers, config.experts, config.hidden, config.intermediate) == (spec.layers, spec.experts, spec.hidden, spec.intermediate)
+    assert (config.layers, config.experts, config.hidden, config.intermediate) == (
+        spec.layers,
+        spec.experts,
+        spec.hidden,
+        spec.intermediate,
+    )
     assert (config.beta_fast, config.beta_slow, config.rope_factor) == (32.0, 1.0, spec.rope_factor)
-    assert (config.rope_theta, config.original_positions, config.max_positions) == (spec.rope_theta, spec.initial_context, 8192)
+    assert (config.rope_theta, config.original_positions, config.max_positions) == (
+        spec.rope_theta,
+        spec.initial_context,
+        8192,
+    )
     assert (config.rms_eps, config.swiglu_limit, config.sliding_window) == (1e-5, 7.0, spec.sliding_window)
 
 

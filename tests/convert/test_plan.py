@@ -162,7 +162,7 @@ def test_shards_are_filled_greedily_and_in_order(limit: int) -> None:
     parts = list(greedy_shards(sizes, limit))
     assert [name for part in parts for name in part] == [name for name, _ in sizes]
     size = dict(sizes)
-    for part, following in zip(parts, parts[1:] + [["none"]], strict=True):
+    for part, following in zip(parts, [*parts[1:], ["none"]], strict=True):
         total = sum(size[name] for name in part)
         assert total <= limit or len(part) == 1
         assert following == ["none"] or total + size[following[0]] > limit

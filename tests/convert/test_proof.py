@@ -137,7 +137,7 @@ def transposed_in_reader_and_writer(patch: Patch) -> None:
         return np.ascontiguousarray(encode_float(chunk.values(), codec))
 
     def read(self: views.Transposed, expert: int, start: int, stop: int) -> Rows:
-        _, rows, columns = self.stack
+        _, rows, _columns = self.stack
         whole = self.base.read(expert, 0, self.base.stack[1])
         assert isinstance(whole, Rows)
         return Rows(whole.encoding, whole.data.reshape(rows, -1)[start:stop])
@@ -476,7 +476,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
                 tensors[name] = (tensor.float() * noise).to(torch.bfloat16)
                 values[name] = tensors[name].float().transpose(1, 2).contiguous().numpy()
         save_file(tensors, path, metadata={"format": "pt"})
-    yield folder, values
+    return folder, values
 
 
 def expert(values: dict[str, F32], layer: int, number: int, x: F32) -> NDArray[np.float64]:

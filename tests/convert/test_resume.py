@@ -123,13 +123,8 @@ def test_a_run_killed_at_any_moment_is_taken_up_and_ends_the_same(
     assert not target.exists()
     assert {path.name for path in tmp_path.iterdir()} <= {f".{target.name}.partial", "m.gguf.certificate.json"}
     outcome = convert(hf_folder, target, to)
-    if moment == "rename of the folder":
-        assert len(steps_done) == len(outcome.plan.steps)  # the journal was gone
-    else:
-        sure = {"record": count - 1, "torn write": 30, "torn journal": count - 5}.get(
-            moment, len(outcome.plan.steps)
-        )
-        assert len(outcome.plan.steps) - len(steps_done) >= sure - 2
+    sure = {"record": count - 1, "torn write": 30, "torn journal": count - 5}.get(moment, len(outcome.plan.steps))
+    assert len(outcome.plan.steps) - len(steps_done) >= sure - 2
     assert contents(tmp_path) == undisturbed[to]
 
 
@@ -187,12 +182,12 @@ def test_padding_that_changed_since_is_zero_again(
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda lines: lines[:10] + [lines[10][:7]], id="torn"),
+        pytest.param(lambda lines: [*lines[:10], lines[10][:7]], id="torn"),
         pytest.param(
-            lambda lines: lines[:10] + [json.dumps({"step": 10**9, "digest": "x"}) + "\n"] + lines[10:], id="absurd"
+            lambda lines: [*lines[:10], json.dumps({"step": 10**9, "digest": "x"}) + "\n", *lines[10:]], id="absurd"
         ),
         pytest.param(
-            lambda lines: lines[:5] + [json.dumps({"step": True, "digest": None, "more": []}) + "\n"] + lines[5:],
+            lambda lines: [*lines[:5], json.dumps({"step": True, "digest": None, "more": []}) + "\n", *lines[5:]],
             id="odd",
         ),
         pytest.param(lambda lines: [lines[0], *reversed(lines[1:])], id="reordered"),

@@ -156,7 +156,12 @@ def true_layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("layout", "to", "options"),
-    [("hf", "gguf", {}), ("hf", "bf16", {}), ("bf16", "hf", {}), ("bf16", "gguf", {"experts": "q8_0", "dense": "q8_0"})],
+    [
+        ("hf", "gguf", {}),
+        ("hf", "bf16", {}),
+        ("bf16", "hf", {}),
+        ("bf16", "gguf", {"experts": "q8_0", "dense": "q8_0"}),
+    ],
 )
 @pytest.mark.parametrize("threads", [4])
 def test_a_true_layer_needs_no_more_memory_than_forecast(

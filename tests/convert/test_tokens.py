@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from gptoss_convert.convert import tokens
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.source import open_source
-from gptoss_convert.errors import BadInput, GptOssError, Refused
+from gptoss_convert.errors import BadInput, Refused
 
 TINY = replace(SMALL, layers=1, experts=2, experts_per_token=1)
 Table = dict[str, Any]
@@ -128,30 +129,44 @@ def test_a_tokenizer_is_refused_for_gguf_with(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"added_tokens_decoder": []}', '{"added_tokens_decoder": {"x": {}}}', '{"eos_token": [1]}',
-             '{"eos_token": {"content": ["<|return|>"]}}', '{"added_tokens_decoder": {"٣": {"content": "x"}}}', '{"chat_template": 3}'],
-)  # fmt: skip
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"added_tokens_decoder": []}',
+        '{"added_tokens_decoder": {"x": {}}}',
+        '{"eos_token": [1]}',
+        '{"eos_token": {"content": ["<|return|>"]}}',
+        '{"added_tokens_decoder": {"٣": {"content": "x"}}}',
+        '{"chat_template": 3}',
+    ],
+)
 @pytest.mark.parametrize("to", ["gguf", "hf"])
 def test_odd_tokenizer_settings_are_ignored_or_bad_input(
     text: str, to: str, folder: Path, tmp_path: Path, copied: Callable[[Path], Path], convert: Any
 ) -> None:
     place = copied(folder)
     (place / "tokenizer_config.json").write_text(text)
-    try:
+    with contextlib.suppress(BadInput):
         convert(place, tmp_path / ("m.gguf" if to == "gguf" else "m"), to, proof=False)
-    except GptOssError as error:
-        assert isinstance(error, BadInput)
 
 
-def test_a_template_that_is_no_text_is_bad_input(folder: Path, tmp_path: Path, copied: Callable[[Path], Path], convert: Any) -> None:
+def test_a_template_that_is_no_text_is_bad_input(
+    folder: Path, tmp_path: Path, copied: Callable[[Path], Path], convert: Any
+) -> None:
     place = copied(folder)
     (place / "chat_template.jinja").write_bytes(b"\xff\xfe{{ x }}")
     with pytest.raises(BadInput, match="not UTF-8"):
         convert(place, tmp_path / "m.gguf", "gguf")
 
 
-def test_a_template_is_carried_and_never_rendered(folder: Path, tmp_path: Path, copied: Callable[[Path], Path], convert: Any) -> None:
-    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "') }}{% for x in range(10**12) %}"
+def test_a_template_is_carried_and_never_rendered(
+    folder: Path, tmp_path: Path, copied: Callable[[Path], Path], convert: Any
+) -> None:
+    template = (
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "') }}{% for x in range(10**12) %}"
+    )
     place = copied(folder)
     (place / "chat_template.jinja").write_text(template)
     convert(place, tmp_path / "m.gguf", "gguf")

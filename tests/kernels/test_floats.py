@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support import ggml
 
 from gptoss_convert.kernels import floats
 from gptoss_convert.kernels.codecs import BY_GGML_ID, CODECS, encode_float
-from support import ggml
 
 
 def test_every_bfloat16_comes_back() -> None:
