@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPOSITORY / "tests"))
+sys.path.append(str(REPOSITORY / "tests" / "lib"))
 
 from support import finetunes, release  # noqa: E402
 from support import tokenizer as tokenizers  # noqa: E402

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "lib"))
 
 from support.sparse import RELEASES, write_sparse_release  # noqa: E402
 from support.tokenizer import small_tokenizer, true_tokenizer  # noqa: E402
@@ -51,7 +51,8 @@ def main() -> None:
             theirs = f"{row['theirs'] / 1e9:.2f}" if row["theirs"] else "–"
             wide = "yes" if row["widened"] else ""
             print(
-                f"| {row['type']} | {row['bytes'] / 1e9:.2f} | {row['expert_bits']:.3f} | {wide} | {theirs} | {row['substitute']} |"
+                f"| {row['type']} | {row['bytes'] / 1e9:.2f} | {row['expert_bits']:.3f} | {wide} | {theirs} "
+                f"| {row['substitute']} |"
             )
 
 

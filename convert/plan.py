@@ -20,7 +20,7 @@ import blake3
 from gptoss_convert import __version__
 from gptoss_convert.convert.names import Shape, as_stack, canonical_shapes
 from gptoss_convert.convert.source import Source
-from gptoss_convert.convert.views import reads_whole
+from gptoss_convert.convert.views import Transposed, View, reads_whole
 from gptoss_convert.kernels.codecs import CODECS
 
 LEAF_ROWS = 1024  # steps begin at multiples of it; the proof's digests are over as many rows
@@ -30,7 +30,9 @@ BLOCKS, SCALES = "blocks", "scales"  # the two halves of MXFP4 in release order,
 # Resident memory before the first step (interpreter, numpy, numba, tokenizer) as measured, and per value of a step.
 BASE_MEMORY = 420 << 20
 ENCODED_BYTES_PER_VALUE = 6  # read and written copies and the transient of ROWS_AT_ONCE rows
-TRANSPOSED_BYTES_PER_VALUE = 12  # float32 of a whole expert, its bfloat16 and that transposed
+WHOLE_BYTES_PER_VALUE = (
+    12  # float32 of a whole expert, its bfloat16 and that transposed; float32 read back and interleaved
+)
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,14 @@ def peak_memory(plan: Plan, threads: int) -> int:
     largest, shapes = 0, plan.shapes
     for step in plan.steps:
         values = (step.stop - step.start) * as_stack(shapes[step.tensor])[2]
-        whole = any(piece.transposed for piece in step.pieces)
-        largest = max(largest, values * (TRANSPOSED_BYTES_PER_VALUE if whole else ENCODED_BYTES_PER_VALUE))
+        whole = any(piece.transposed for piece in step.pieces) or _reads_twice(plan.source.views[step.tensor])
+        largest = max(largest, values * (WHOLE_BYTES_PER_VALUE if whole else ENCODED_BYTES_PER_VALUE))
     return BASE_MEMORY + threads * largest + sum(len(file.head) for file in plan.files)
+
+
+def _reads_twice(view: View) -> bool:
+    """Whether reading holds a whole matrix as float32, or twice: a transposed view of float32 or within another view."""
+    return reads_whole(view) and (view.encoding == "f32" or not isinstance(view, Transposed))
 
 
 def greedy_shards(sizes: Sequence[tuple[str, int]], limit: int) -> Iterator[list[str]]:

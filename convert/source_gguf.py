@@ -17,7 +17,7 @@ from gptoss_convert.config import ModelConfig, check_consistent, default_sliding
 from gptoss_convert.convert.cut import KEY_DROPPED, describe, kept_from, restore
 from gptoss_convert.convert.names import as_stack, canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
 from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
-from gptoss_convert.convert.tokens import gguf_companions
+from gptoss_convert.convert.tokenizer_files import gguf_companions
 from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
 from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, narrow
 from gptoss_convert.errors import BadInput, Refused, printable

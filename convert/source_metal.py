@@ -26,7 +26,7 @@ from gptoss_convert.convert.names import (
     layer_name,
 )
 from gptoss_convert.convert.source import Layout, Source, StoredTensor
-from gptoss_convert.convert.tokens import vocabulary_companions
+from gptoss_convert.convert.tokenizer_files import vocabulary_companions
 from gptoss_convert.convert.views import Packed, Rotated, RowPerExpert, RowRange, Stored
 from gptoss_convert.errors import BadInput
 from gptoss_convert.formats.files import SourceFile

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "lib"))
 
 CHECKPOINT, MODEL = "gpt-oss-small", "gpt-oss-small-mxfp4.gguf"
 PROMPT = "<|start|>user<|message|>Why is the sky blue?<|end|><|start|>assistant"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -137,3 +138,10 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(tmp_path: 
     data = {f"gptoss_convert/data/{path.name}" for path in (ROOT / "gptoss_convert/data").glob("*.json")}
     assert data
     assert found == expected | data | {"gptoss_convert/py.typed"}
+
+
+def test_no_folder_of_ours_passes_for_somebody_elses_package() -> None:
+    # transformers looks for a package called kernels; with the repo's root or tests/ on the path it would find ours.
+    for name in ("kernels", "convert", "formats", "quant"):
+        found = importlib.util.find_spec(name)
+        assert found is None or not str(found.origin or found.submodule_search_locations).startswith(str(ROOT)), found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.checkpoints import TRUE_LAYER, Model, write_bf16, write_hf
 
 from gptoss_convert.convert import run
@@ -147,11 +149,15 @@ print(json.dumps({"peak": peak, "told": told["peak_memory_bytes"], "threads": to
 
 @pytest.fixture(scope="session")
 def true_layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One layer of the released widths, in MXFP4 and bf16; of experts a few, because steps are of one expert."""
+    """One layer of the released widths, in MXFP4, bf16 and f32; few experts, because a step is of one."""
     model, folder = Model(replace(TRUE_LAYER, experts=5)), tmp_path_factory.mktemp("true")
     write_hf(model, folder / "hf")
     write_bf16(model, folder / "bf16")
-    return {"hf": folder / "hf", "bf16": folder / "bf16"}
+    shutil.copytree(folder / "bf16", folder / "f32")
+    for path in (folder / "f32").glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({n: t.float() if n.endswith(("up_proj", "down_proj")) else t for n, t in tensors.items()}, path)
+    return {layout: folder / layout for layout in ("hf", "bf16", "f32")}
 
 
 @pytest.mark.parametrize(
@@ -161,9 +167,11 @@ def true_layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("hf", "bf16", {}),
         ("bf16", "hf", {}),
         ("bf16", "gguf", {"experts": "q8_0", "dense": "q8_0"}),
+        ("f32", "gguf", {}),
+        pytest.param("bf16", "gguf", {"type": "q4_k_m"}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("threads", [4])
+@pytest.mark.parametrize("threads", [8])
 def test_a_true_layer_needs_no_more_memory_than_forecast(
     layout: str, to: str, options: dict[str, Any], threads: int, true_layer: dict[str, Path], tmp_path: Path
 ) -> None:

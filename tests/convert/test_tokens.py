@@ -13,7 +13,7 @@ import pytest
 from support.checkpoints import SMALL, Model, write_gguf, write_hf, write_metal
 from tokenizers import Tokenizer
 
-from gptoss_convert.convert import tokens
+from gptoss_convert.convert import tokenizer_files, tokens
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.errors import BadInput, Refused
@@ -76,14 +76,14 @@ def test_text_is_cut_the_same_after_the_way_through_a_gguf(folder: Path, tmp_pat
 
 
 def test_every_byte_has_its_own_symbol() -> None:
-    symbols = [tokens.as_symbols(bytes([byte])) for byte in range(256)]
+    symbols = [tokenizer_files.as_symbols(bytes([byte])) for byte in range(256)]
     assert len(set(symbols)) == 256
     assert all(len(symbol) == 1 and symbol.isprintable() and not symbol.isspace() for symbol in symbols)
 
 
 def test_all_merges_are_every_split_by_rank() -> None:
     ranks = {token: i for i, token in enumerate([b"a", b"b", b"c", b"ab", b"bc", b"abc"])}
-    assert tokens.all_merges(ranks) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
+    assert tokenizer_files.all_merges(ranks) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
 
 
 CHANGES: dict[str, Callable[[Table], Any]] = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from gptoss_convert.convert.names import as_stack, canonical_shapes, is_expert_m
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.widen import Gain, Wide, Widening, gain_factor, required, widen, widened_config
 from gptoss_convert.errors import Refused
+from gptoss_convert.kernels.codecs import CODECS
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def test_a_bf16_gain_comes_back_bit_for_bit() -> None:
     class Fixed:
         encoding, stack = "bf16", (1, 1, gains.shape[1])
 
-        def read(self, *_: int):  # noqa: ANN202
+        def read(self, *_: int):
             from gptoss_convert.kernels.chunks import Rows
 
             return Rows("bf16", bits.view(np.uint8)[None])
@@ -169,3 +170,18 @@ def test_without_leave_to_widen_the_type_is_refused_with_tensor_and_remedy(
     assert error.value.tensor == "blk.0.ffn_gate_exps.weight"
     assert "--widen auto" in str(error.value)
     assert not list(tmp_path.glob("*.gguf")) + list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("name", ["q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "iq3_s", "iq2_s", "iq2_xxs"])
+def test_padding_costs_the_last_super_block_no_precision(name: str) -> None:
+    # 2880 = 11 · 256 + 64: the last super-block holds 64 values and 192 columns of padding.
+    codec = CODECS[name]
+    values = np.zeros((48, 256), np.float32)
+    values[:, :64] = np.random.default_rng(5).standard_normal((48, 64), np.float32)
+    importance = (np.arange(256) < 64).astype(np.float32)
+
+    def error(weights: np.ndarray | None) -> float:
+        assert codec.encode is not None
+        return float(np.square(codec.decode(codec.encode(values, weights))[:, :64] - values[:, :64]).sum())
+
+    assert error(importance) <= 1.001 * error(None)

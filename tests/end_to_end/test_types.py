@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +63,7 @@ def test_every_type_runs_in_llama_cpp_and_stays_near_the_source(distances: dict[
     assert all(distances[name] < 0.02 for name in ("f32", "f16", "q8_0", "mxfp4", "q6_k")), distances
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: " > ".join(family))
+@pytest.mark.parametrize("family", FAMILIES, ids=" > ".join)
 def test_more_bits_of_a_family_are_never_worse(distances: dict[str, float], family: tuple[str, ...]) -> None:
     found = [distances[name] for name in family]
     assert found == sorted(found), dict(zip(family, found, strict=True))

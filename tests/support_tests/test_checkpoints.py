@@ -93,7 +93,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_oracle_knows_nothing_of_the_product() -> None:
     for name in ORACLE:
-        path = ROOT / "tests/support" / f"{name}.py"
+        path = ROOT / "tests/lib/support" / f"{name}.py"
         found = re.findall(
             r"^\s*(?:from|import)\s+(gptoss_convert|convert|formats|quant|kernels)\b", path.read_text(), re.M
         )
