@@ -17,6 +17,7 @@ import numpy as np
 
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.source import Layout, Source
+from gptoss_convert.errors import ProofFailed
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import read_header as read_gguf
 from gptoss_convert.formats.safetensors import read_header as read_safetensors
@@ -26,6 +27,7 @@ from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.witness import decode_ggml, decode_release
 
 ROWS, READ_ROWS = 64, 1024
+SAMPLE = 2  # rows of each expert that are also decoded by the gguf package
 _WIDTH = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 
@@ -140,6 +142,8 @@ class Witness:
         codec = CODECS[raw.kind]
         size = codec.row_bytes(columns)
         decode = decode_ggml if raw.kind == "mxfp4" else codec.decode
+        if raw.kind != "mxfp4" and codec.block > 1:
+            _require_common_reading(raw, raw.rows(expert * out, min(SAMPLE, out), size))
         return _product_of(lambda first, count: (raw.rows(expert * out + first, count, size),), decode, out)
 
     def _metal(self, layer: int, expert: int) -> Expert:
@@ -253,6 +257,23 @@ def _product_of(fetch: Fetch, decode: Callable[..., F32], out: int) -> Matrix:
         return result
 
     return multiply
+
+
+def _require_common_reading(raw: Raw, rows: U8) -> None:
+    """Our decoder and the gguf package's must read some rows of every expert alike: ours alone would not see its own mistake."""
+    import gguf
+
+    codec = CODECS[raw.kind]
+    try:
+        theirs = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(codec.ggml_id))
+    except (ValueError, NotImplementedError):
+        return  # newer than the package
+    ours = codec.decode(rows)
+    if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(np.abs(ours).max())):
+        raise ProofFailed(
+            "our decoder and the gguf package's read a tensor differently", file=raw.file.path, found=raw.kind,
+            remedy="this is a fault of this tool; nothing was written. Please report it",
+        )  # fmt: skip
 
 
 def _once(matrix: Matrix) -> Matrix:

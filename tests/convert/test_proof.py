@@ -27,8 +27,9 @@ from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
 from gptoss_convert.errors import ProofFailed
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
-from gptoss_convert.kernels.codecs import encode_float
+from gptoss_convert.kernels.codecs import CODECS, encode_float
 from gptoss_convert.kernels.experts import probes
+from gptoss_convert.quant import encode as encode_module
 from gptoss_convert.quant.encode import encode_packed
 
 Patch = pytest.MonkeyPatch
@@ -558,3 +559,25 @@ def test_a_noisy_fine_tune_into_hf_is_rounded_to_the_nearest_and_told(
     assert 0 < outcome.proof.worst_output < 0.5
     with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
         assert any(name.endswith("_blocks") for name in file.keys())  # noqa: SIM118
+
+
+def test_a_codec_that_errs_alike_in_writing_and_reading_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: Any
+) -> None:
+    # Nibbles exchanged by encoder and decoder alike: tensor by tensor all is well, but nobody else reads the file so.
+    write_hf(Model(SQUARE), tmp_path / "source")
+    q5 = CODECS["q5_0"]
+    body = slice(6, 22)
+
+    def swapped(rows: Any) -> Any:
+        blocks = rows.reshape(len(rows), -1, 22).copy()
+        blocks[:, :, body] = blocks[:, :, body] << 4 | blocks[:, :, body] >> 4
+        return blocks.reshape(len(rows), -1)
+
+    wrong = replace(q5, decode=lambda rows: q5.decode(swapped(rows)), encode=lambda v, i: swapped(q5.encode(v, i)))  # type: ignore[misc]
+    monkeypatch.setitem(CODECS, "q5_0", wrong)
+    real = encode_module._transcode
+    monkeypatch.setattr(encode_module, "_transcode", lambda *given: swapped(real(*given)))
+    with pytest.raises(ProofFailed, match="read a tensor differently"):
+        convert(tmp_path / "source", tmp_path / "m.gguf", "gguf", experts="q5_0")
+    assert not list(tmp_path.glob("*.gguf*"))

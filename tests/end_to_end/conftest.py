@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from end_to_end.judges import TEXT, convert, in_transformers
 from support.checkpoints import (
     SMALL,
     STEADY,
@@ -21,6 +20,7 @@ from support.checkpoints import (
     write_per_expert,
     write_unsloth_linear,
 )
+from support.judges import TEXT, convert, in_transformers
 from support.tokenizer import small_tokenizer
 from tokenizers import Tokenizer
 

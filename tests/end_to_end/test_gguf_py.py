@@ -7,11 +7,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from end_to_end.judges import convert
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from support.checkpoints import AWKWARD, SMALL, Model, write_hf
 from support.gguf_files import gguf_name
+from support.judges import convert
 from support.release import hf_tensors
 
 F32 = NDArray[np.float32]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from end_to_end.judges import convert, divergence, in_llama, log_softmax
 from support.checkpoints import AWKWARD, STEADY, Model, write_hf
+from support.judges import convert, divergence, in_llama, log_softmax
 
 SINGLE = 1e-4
 EIGHT_BITS, EIGHT_BITS_AT_MOST = 2e-3, 1e-2

@@ -15,10 +15,10 @@ from shutil import copyfile
 
 import gguf
 import pytest
-from end_to_end.judges import convert
 from support import metal
 from support import tokenizer as tk
 from support.checkpoints import SMALL, Model, write_metal, write_original
+from support.judges import convert
 from support.llama import Llama, load
 from tokenizers import Tokenizer
 

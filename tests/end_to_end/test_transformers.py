@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from end_to_end.judges import convert, in_transformers
 from support.checkpoints import SMALL
+from support.judges import convert, in_transformers
 
 SOURCES = ["hf", "original", "bf16", "bf16-misnamed", "linearised", "per-expert", "halves", "gguf/model.gguf"]
 

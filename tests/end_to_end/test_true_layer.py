@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from end_to_end.judges import TEXT, convert, divergence, in_llama, log_softmax
 from support.checkpoints import TRUE_LAYER, Model, write_hf
+from support.judges import TEXT, convert, divergence, in_llama, log_softmax
 from tokenizers import Tokenizer
 
 
