@@ -45,9 +45,11 @@ SAME = 1e-4
 # Below this, two orders of summing the same float32 products: written as 0, so that no machine's order enters a certificate.
 SUMMATION_NOISE = 2e-6
 # How far an output may be off when the weights are: a few times their own relative error (both layers of the expert, the
-# activation's slope), but never near the output itself: a permuted matrix gives 1.4, half of one 1.0.
+# activation's slope), but never near the output itself: a permuted matrix gives 1.4, half of one 1.0. With two bits a weight a
+# single expert may come near that by rounding alone (0.9 was seen on random weights), the middle one of a layer does not.
 OUTPUT_OVER_WEIGHTS = 6.0
-NEVER_ABOVE = 0.85
+NEVER_ABOVE = 1.2
+MEDIAN_NEVER_ABOVE = 0.85
 # What rounding to a codec can cost the values of one leaf, relative to them; more is a fault, not a rounding. Generous for
 # weights of any shape (a block with one outlier), and small enough that rows in the wrong order show.
 WEIGHTS_AT_MOST = {
@@ -97,6 +99,7 @@ class Proof:
 
     tensors: list[TensorProof] = field(default_factory=list)
     layers: list[LayerProof] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)  # codecs that no second decoder could read
 
     @property
     def lossless(self) -> bool:
@@ -121,6 +124,7 @@ class Proof:
             "different": self.count(DIFFERENT),
             "probes_per_expert": PROBES,
             "worst_expert_output_error": self.worst_output,
+            "codecs_without_second_decoder": self.unchecked,
             "tensors": [
                 {k: v for k, v in asdict(t).items() if v is not None and (t.verdict == DIFFERENT or k not in _ERRORS)}
                 for t in self.tensors
@@ -317,6 +321,7 @@ def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int,
     workers = Workers()
     workers.each([(n, e) for n in range(config.layers) for e in range(config.experts)], run, threads)
     workers.join()
+    proof.unchecked = sorted(a.unchecked | b.unchecked)
     for layer in range(config.layers):
         names = [layer_name(layer, part + suffix) for part in (GATE_UP, DOWN) for suffix in ("", "_bias")]
         weights = math.hypot(*(weight_errors[name] for name in names))
@@ -325,13 +330,14 @@ def _prove_experts(source: Source, artifact: Source, proof: Proof, threads: int,
         proof.layers.append(LayerProof(layer, tuple(map(_rounded, found)), _rounded(allowed)))
         worst = int(np.argmax(found))
         worst = next((i for i, error in enumerate(found) if math.isnan(error)), worst)
-        if not found[worst] <= allowed:
+        median = float(np.median(found))
+        if not found[worst] <= allowed or not median <= min(allowed, MEDIAN_NEVER_ABOVE):
             raise ProofFailed(
                 "an expert of the artifact does not compute what the source's computes",
                 file=artifact.path,
                 tensor=f"layer {layer}, expert {worst}",
-                found=f"relative output error {found[worst]:.3g}",
-                expected=f"at most {allowed:.3g}",
+                found=f"relative output error {found[worst]:.3g}, of the layer's middle expert {median:.3g}",
+                expected=f"at most {allowed:.3g}, and {min(allowed, MEDIAN_NEVER_ABOVE):.3g}",
                 remedy="this is a fault of the conversion; nothing was written. Please report it",
             )
 

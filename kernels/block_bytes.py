@@ -39,6 +39,7 @@ def pack(q: Any, bits: Any, head: Any, first: Any, count: Any, out: Any) -> None
 
 @njit(**KERNEL)
 def unpack(codes: Any, heads: Any, bits: Any, zero: Any, out: Any) -> None:
+    """4- or 5-bit codes uint8 [B, bytes] → values f32 [B, 32]: (q + zero) · heads[0], plus heads[1] where there is one."""
     at = 4 if bits == 5 else 0
     for b in range(codes.shape[0]):
         base = heads[b, 1] if heads.shape[1] == 2 else F0

@@ -109,6 +109,10 @@ def all_zero(loss: Any, flag: Any) -> Any:
 def search_affine(
     x: Any, w: Any, factors: Any, rounds: Any, high: Any, low: Any, top: Any, best: Any, base: Any, inverse: Any, s: Any
 ) -> None:
+    """Scale `best` and offset `base` of LANES blocks side by side, so that base + best · q, 0 ≤ q ≤ high, is nearest to x by w.
+
+    Starts from each of `factors` (steps between the extremes, shift of the lower one), then refits `rounds` times.
+    """
     start, least, sw, sv, q1, qx, qq, d, mean, a, b, loss = (
         s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11],
     )  # fmt: skip

@@ -177,6 +177,8 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
         f"{proof.count('value-equal')} value-equal, {proof.count('different')} rounded"
     )
     console.print(f"         {experts} experts compute the same on probes: largest difference {proof.worst_output:.2g}")
+    if proof.unchecked:
+        console.print(f"         no second decoder was at hand for: {', '.join(proof.unchecked)}")
     if base := document.get("base"):
         console.print(
             f"base     {base['kept']:,} of {base['blocks']:,} blocks keep the release's bytes, "

@@ -581,3 +581,10 @@ def test_a_codec_that_errs_alike_in_writing_and_reading_is_found_out(
     with pytest.raises(ProofFailed, match="read a tensor differently"):
         convert(tmp_path / "source", tmp_path / "m.gguf", "gguf", experts="q5_0")
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_codec_without_a_second_decoder_is_named(hf_folder: Path, tmp_path: Path, convert: Any) -> None:
+    done = convert(hf_folder, tmp_path / "a.gguf", "gguf", type="q2_0", allow_larger=True)
+    assert done.document["proof"]["codecs_without_second_decoder"] == ["q2_0"]
+    done = convert(hf_folder, tmp_path / "b.gguf", "gguf", experts="q5_0")
+    assert done.document["proof"]["codecs_without_second_decoder"] == []
