@@ -183,11 +183,17 @@ class Output:
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
         """Bytes as they lie in the unfinished file."""
-        return os.pread(self._descriptors[name], nbytes, offset)
+        try:
+            return os.pread(self._descriptors[name], nbytes, offset)
+        except OSError as error:
+            raise _cannot(error, self.partial / name) from error
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """The same into a buffer; returns how many bytes were read."""
-        got = os.preadv(self._descriptors[name], [buffer], offset)
+        try:
+            got = os.preadv(self._descriptors[name], [buffer], offset)
+        except OSError as error:
+            raise _cannot(error, self.partial / name) from error
         if not got and buffer:
             raise CannotWrite("the unfinished file became shorter", file=self.partial / name)
         return got

@@ -301,8 +301,10 @@ def test_a_read_that_fails_is_no_traceback(
 
     def fail(*arguments: Any) -> int:
         nonlocal calls
-        calls += 1
-        if calls > 60:
+        # Of the source alone: the unfinished output is read back by the same call.
+        of_source = str(Path(f"/proc/self/fd/{arguments[0]}").readlink()).startswith(str(own_folder))
+        calls += of_source
+        if of_source and calls > 60:
             raise OSError(5, "Input/output error")
         return true(*arguments)
 
