@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Options:
     dense: str = "auto"
     type: str | None = None
     recipe: Path | None = None
-    widen: str = "auto"
+    widen: str = "auto"  # or "cut", "none", or widths as "3072x2880"
     allow_larger: bool = False
     base: Path | None = None
     split_bytes: int | None = None
@@ -83,7 +84,7 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
     """The plan for these options, from headers alone."""
     if options.to == "gguf":
         _check_gguf_name(target, options)
-        recipe = choose_recipe(source, options)
+        recipe, widening = with_widths(choose_recipe(source, options), options.widen)
         if (options.type or options.recipe) and not options.allow_larger:
             require_sense(source, recipe)
         plan = plan_gguf(
@@ -92,7 +93,7 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
             name=options.name,
             split_bytes=options.split_bytes,
             stem=target.name if options.split_bytes else "",
-            widening=options.widen,
+            widening=widening,
             threads=options.threads or cores(),
         )
     else:
@@ -103,6 +104,17 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
         plan.files[0] = type(plan.files[0])(target.name, plan.files[0].head, plan.files[0].size)
     plan.steps = make_steps(plan)
     return plan
+
+
+def with_widths(recipe: Recipe, widen: str) -> tuple[Recipe, str]:
+    """--widen's widths, "3072x2880", put into the recipe; the other words are left to the plan."""
+    match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", widen)
+    if match is None:
+        return recipe, widen
+    hidden, intermediate = int(match[1]), int(match[2])
+    if not hidden or not intermediate or hidden % 32 or intermediate % 32:
+        raise UsageError("--widen's widths are not multiples of 32", found=widen, expected="such as 3072x2880")
+    return replace(recipe, hidden=hidden, intermediate=intermediate), "auto"
 
 
 def choose_recipe(source: Source, options: Options) -> Recipe:

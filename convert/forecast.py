@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.cut import KEY_DROPPED
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.plan import Slot, slot_bytes
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.target_gguf import ALIGNMENT, build_metadata, gguf_slots, widening_keys
 from gptoss_convert.convert.widen import Widening, required, widened_config
 from gptoss_convert.errors import Refused
-from gptoss_convert.formats.gguf import Value, align, header_bytes
+from gptoss_convert.formats.gguf import Value, ValueType, align, array, header_bytes
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.quant.recipe import TYPES, Recipe, plain
 
@@ -87,7 +88,8 @@ class Forecaster:
     def widening(self, recipe: Recipe) -> Widening | None:
         """What the recipe's blocks need."""
         slots = gguf_slots(self.source.config, recipe)
-        return required(self.source.config, {slot.name: slot.codec for group in slots.values() for slot in group})
+        codecs = {slot.name: slot.codec for group in slots.values() for slot in group}
+        return required(self.source.config, codecs, (recipe.hidden, recipe.intermediate))
 
     def file_bytes(self, recipe: Recipe) -> int:
         """Exactly the bytes of the single file that `convert` writes."""
@@ -99,7 +101,11 @@ class Forecaster:
         return [slot for group in gguf_slots(config, recipe).values() for slot in group]
 
     def _size(self, slots: list[Slot], wide: Widening | None) -> int:
+        true = self.source.config
         own: list[tuple[str, Value]] = widening_keys(self.source) if wide is not None else []
+        if wide is not None and wide.intermediate < true.intermediate:
+            dropped = [0] * (true.layers * true.experts * (true.intermediate - wide.intermediate))
+            own.append((KEY_DROPPED, array(ValueType.UINT16, dropped)))
         head = self._keys_bytes + header_bytes(own, [(s.name, len(s.shape)) for s in slots]) - header_bytes([], [])
         return align(head, ALIGNMENT) + sum(align(slot_bytes(slot), ALIGNMENT) for slot in slots)
 

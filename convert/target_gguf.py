@@ -35,6 +35,7 @@ from gptoss_convert.convert.widen import (
     KEY_INTERMEDIATE,
     SUPER_BLOCK,
     Widening,
+    Widths,
     is_gain,
     required,
     widen,
@@ -74,7 +75,7 @@ def plan_gguf(
     """
     require_expressible(source.config, source)
     slots = gguf_slots(source.config, recipe)
-    changed, note, losses, keys = _change_widths(source, slots, widening, threads)
+    changed, note, losses, keys = _change_widths(source, slots, widening, (recipe.hidden, recipe.intermediate), threads)
     if changed is not source:
         source, slots = changed, gguf_slots(changed.config, recipe)
     tensors = [slot for group in slots.values() for slot in group]
@@ -97,27 +98,40 @@ def plan_gguf(
 
 
 def _change_widths(
-    source: Source, slots: Mapping[str, list[Slot]], widening: str, threads: int
+    source: Source, slots: Mapping[str, list[Slot]], widening: str, asked: Widths, threads: int
 ) -> tuple[Source, str, list[str], list[tuple[str, Value]]]:
     """The source in widths that the slots' codecs divide, what to say of it, what it loses, and the keys that undo it."""
     true = source.config
-    wide = required(true, {slot.name: slot.codec for group in slots.values() for slot in group})
+    wide = required(true, {slot.name: slot.codec for group in slots.values() for slot in group}, asked)
     if wide is None:
         return source, "", [], []
     if widening == "none":
         _refuse_rows(slots)
+        raise Refused("the recipe asks for other widths, and --widen none forbids them", found=f"{wide}")
     keys, losses = widening_keys(source), []
     lower = true.intermediate - true.intermediate % SUPER_BLOCK
-    if widening == "cut" and wide.intermediate > true.intermediate and lower:
-        kept = choose(source, lower, threads)
+    if widening == "cut" and wide.intermediate > true.intermediate and lower and asked[1] is None:
+        wide = Widening(wide.hidden, lower)
+    if wide.intermediate < true.intermediate:
+        _refuse_deep_cut(true.intermediate, wide.intermediate)
+        kept = choose(source, wide.intermediate, threads)
         keys.append((KEY_DROPPED, array(ValueType.UINT16, dropped_list(kept, true.intermediate))))
-        losses.append(describe(true.intermediate, lower))
-        source, wide = cut(source, kept), Widening(wide.hidden, lower)
+        losses.append(describe(true.intermediate, wide.intermediate))
+        source = cut(source, kept)
+    why = "as the recipe asks" if any(asked) else "because blocks of 256 do not divide the rows"
     note = (
         f"widened from {true.hidden} to {wide.hidden} columns (experts from {true.intermediate} to {wide.intermediate}), "
-        "because blocks of 256 do not divide the rows; what is added is zeros and changes nothing"
+        f"{why}; what is added is zeros and changes nothing"
     )
     return widen(source, wide), note, losses, keys
+
+
+def _refuse_deep_cut(width: int, kept: int) -> None:
+    """More than a quarter of the neurons by weight norm leaves another model, whose proof would mean nothing."""
+    if 4 * kept < 3 * width:
+        raise Refused(
+            "too many neurons would be cut", found=f"{kept} of {width} kept", expected=f"at least {-(-3 * width // 4)}"
+        )
 
 
 def require_expressible(config: ModelConfig, source: Source) -> None:

@@ -31,12 +31,14 @@ from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.names import Shape, as_stack, canonical_shapes
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import Stack, View
+from gptoss_convert.errors import Refused
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
 from gptoss_convert.kernels.floats import F32
 
 SUPER_BLOCK = 256
+Widths = tuple[int | None, int | None]  # D' and F' as asked for; None: by arithmetic
 KEY_HIDDEN = "gptoss-convert.widened.hidden"  # the true D
 KEY_INTERMEDIATE = "gptoss-convert.widened.intermediate"  # the true F
 KEY_GAIN = "gptoss-convert.widened.gain_encoding"  # what the norms' gains were stored in
@@ -50,17 +52,24 @@ class Widening:
     intermediate: int
 
 
-def required(config: ModelConfig, codecs: Mapping[str, str]) -> Widening | None:
+def required(config: ModelConfig, codecs: Mapping[str, str], asked: Widths = (None, None)) -> Widening | None:
     """The least widening that makes every GGUF tensor's rows divide by its codec's block; None where they do.
 
-    codecs: GGUF name → codec.
+    codecs: GGUF name → codec. asked: (D', F') that the user chose instead, either of them None; an F' below F means that
+    neurons are cut. Refuses a D' below D, whose channels all experts share.
     """
     blocks = {"hidden": 1, "intermediate": 1}
     for name, codec in codecs.items():
         width = "intermediate" if ".ffn_down_exps.weight" in name else "hidden"
         if ".attn_output.weight" not in name:  # its rows are H·hd wide, which no widening changes
             blocks[width] = math.lcm(blocks[width], CODECS[codec].block)
-    hidden, intermediate = (_up(getattr(config, width), block) for width, block in blocks.items())
+    least = (_up(getattr(config, width), block) for width, block in blocks.items())
+    hidden, intermediate = (chosen or width for chosen, width in zip(asked, least, strict=True))
+    if hidden < config.hidden:
+        raise Refused(
+            "the residual stream cannot be made narrower: all its channels are in use",
+            found=f"{hidden} columns asked for", expected=f"{config.hidden} or more",
+        )  # fmt: skip
     return None if (hidden, intermediate) == (config.hidden, config.intermediate) else Widening(hidden, intermediate)
 
 

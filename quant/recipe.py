@@ -24,6 +24,9 @@ recipes behind the names that people know; `read_recipe` reads anyone's own:
     match = "blk.*.ffn_down_exps.weight"      # shell pattern on the GGUF name
     layers = "0-2, 21-"                       # optional
     codec = "q4_k"
+
+    hidden = 3072                             # optional: the widths to widen to; intermediate may be a cut
+    intermediate = 2816
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from gptoss_convert.kernels.codecs import CODECS
 
 PARTS = ("gate", "up", "down", "attention", "embedding", "head")
 EXPERT_PARTS = ("gate", "up", "down")
+WIDTHS = ("hidden", "intermediate")
+MAX_WIDTH = 1 << 20
 _PATTERNS = {
     "gate": "blk.*.ffn_gate_exps.weight",
     "up": "blk.*.ffn_up_exps.weight",
@@ -73,6 +78,8 @@ class Recipe:
     name: str
     codecs: Mapping[str, str]
     rules: tuple[Rule, ...] = ()
+    hidden: int | None = None
+    intermediate: int | None = None
 
     def codec(self, name: str, layer: int | None, layers: int) -> str:
         """The codec of a GGUF tensor."""
@@ -88,7 +95,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """As it enters a certificate."""
         rules = [{"match": r.match, "codec": r.codec, "layers": r.layers} for r in self.rules]
-        return {"name": self.name, **self.codecs, "rules": rules}
+        widths = {"hidden": self.hidden, "intermediate": self.intermediate}
+        return {"name": self.name, **self.codecs, "rules": rules} | {k: v for k, v in widths.items() if v is not None}
 
 
 def part_of(name: str) -> str | None:
@@ -171,7 +179,7 @@ def read_recipe(text: str, where: object) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput("the recipe is not TOML", file=where, found=error) from error
-    unknown = set(table) - {"name", "rule", *PARTS}
+    unknown = set(table) - {"name", "rule", *WIDTHS, *PARTS}
     if unknown:
         raise BadInput("the recipe has unknown keys", file=where, found=", ".join(sorted(unknown)))
     missing = [part for part in PARTS if part not in table]
@@ -184,7 +192,14 @@ def read_recipe(text: str, where: object) -> Recipe:
         str(table.get("name", "recipe")),
         {part: _codec(table[part], part, where) for part in PARTS},
         tuple(_rule(rule, where) for rule in rules),
+        **{width: _width(table[width], width, where) for width in WIDTHS if width in table},
     )
+
+
+def _width(value: object, what: str, where: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_WIDTH or value % 32:
+        raise BadInput(f"the recipe's {what} is no width", file=where, found=value, expected="a multiple of 32")
+    return value
 
 
 def _rule(table: Mapping[str, Any], where: object) -> Rule:

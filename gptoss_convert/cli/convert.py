@@ -33,6 +33,18 @@ class Size(click.ParamType[int]):
         return count
 
 
+class Widen(click.ParamType):
+    """How wide the model becomes."""
+
+    name = "auto|none|cut|WIDTHxWIDTH"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See click."""
+        if not re.fullmatch(r"auto|none|cut|\d{1,7}x\d{1,7}", str(value)):
+            self.fail(f"{str(value)[:40]!r} is none of auto, none, cut, or widths such as 3072x2880", param, ctx)
+        return str(value)
+
+
 @click.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -56,8 +68,9 @@ class Size(click.ParamType[int]):
 @click.option(
     "--widen",
     default="auto",
-    type=click.Choice(["auto", "cut", "none"]),
-    help="GGUF: widen the model by zeros where the type's blocks of 256 do not divide its rows; or cut its experts (lossy).",
+    type=Widen(),
+    help="GGUF: auto widens the model by zeros where the type's blocks of 256 do not divide its rows; none refuses; cut drops "
+    "neurons instead (lossy); 3072x2880 asks for these widths of the model and of its experts.",
 )
 @click.option(
     "--allow-larger", is_flag=True, help="GGUF: write a type that is larger than the source without being better."

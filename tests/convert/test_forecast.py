@@ -44,6 +44,31 @@ def test_the_written_file_has_the_forecast_bytes(release: Path, tmp_path: Path, 
     assert (tmp_path / "x.gguf").stat().st_size == forecast.bytes
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(320, 288), (160, 320), (256, 256), (512, 224)])
+def test_a_recipe_with_widths_of_its_own_is_written_in_them_with_the_forecast_bytes(
+    release: Path, tmp_path: Path, hidden: int, intermediate: int
+) -> None:
+    recipe = replace(TYPES["f16"], hidden=hidden, intermediate=intermediate)
+    with open_source(release) as source:
+        forecast = Forecaster(source).of(recipe)
+    widths = f"{hidden}x{intermediate}"
+    outcome = convert(
+        release, tmp_path / "x.gguf", Options(to="gguf", type="f16", widen=widths, allow_larger=True), silent
+    )
+    assert (tmp_path / "x.gguf").stat().st_size == forecast.bytes
+    config = outcome.plan.source.config
+    assert (config.hidden, config.intermediate) == (hidden, intermediate)
+    assert bool([loss for loss in outcome.plan.losses if "dropped" in loss]) == (intermediate < 288)
+
+
+def test_a_recipe_may_not_make_the_residual_stream_narrower(release: Path, tmp_path: Path) -> None:
+    options = Options(to="gguf", type="f16", widen="128x288", allow_larger=True)
+    with pytest.raises(Refused, match="cannot be made narrower"):
+        convert(release, tmp_path / "x.gguf", options, silent)
+    with pytest.raises(Refused, match="too many neurons"):
+        convert(release, tmp_path / "x.gguf", replace(options, widen="160x192"), silent)
+
+
 def test_the_lossless_file_has_the_bytes_it_is_said_to_have(release: Path, tmp_path: Path) -> None:
     with open_source(release) as source:
         lossless = Forecaster(source).lossless_bytes

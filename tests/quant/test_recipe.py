@@ -64,11 +64,19 @@ def test_a_later_rule_overrides_an_earlier_one_and_the_part() -> None:
         (OWN.replace('"q5_0"', '"q5"'), "unknown codec"),
         (OWN.replace("match =", "pattern ="), "unknown keys"),
         (OWN.replace('layers = "0-1, 3-"', "layers = 3"), "not text"),
+        ("hidden = 3000\n" + OWN, "no width"),
+        ("intermediate = true\n" + OWN, "no width"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         read_recipe(text, "mine.toml")
+
+
+def test_a_recipe_may_ask_for_widths() -> None:
+    recipe = read_recipe("hidden = 3072\nintermediate = 2816\n" + OWN, "mine.toml")
+    assert (recipe.hidden, recipe.intermediate) == (3072, 2816)
+    assert recipe.as_dict()["intermediate"] == 2816
 
 
 def test_layers_are_numbers_ranges_and_open_ranges() -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from support import safetensors_files as st
 from support.model import Model, Spec, original_shapes
-from support.tokenizer import CHAT_TEMPLATE, small_tokenizer
+from support.tokenizer import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
 
 RENAMED = {
     "attn.norm.scale": "input_layernorm.weight",
@@ -154,15 +156,20 @@ def generation_config(spec: Spec) -> dict[str, Any]:
     }
 
 
-def write_companions(spec: Spec, folder: Path, config: dict[str, Any]) -> None:
-    """The files beside the weights: configuration, generation defaults, tokenizer, chat template."""
+def write_companions(spec: Spec, folder: Path, config: dict[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    """The files beside the weights: configuration, generation defaults, tokenizer (by default a small one), template."""
     (folder / "config.json").write_text(pretty(config))
     (folder / "generation_config.json").write_text(pretty(generation_config(spec)))
-    small_tokenizer(folder, spec.vocab, spec.spare_rows)
+    if tokenizer is None:
+        small_tokenizer(folder, spec.vocab, spec.spare_rows)
+    else:
+        write_tokenizer(tokenizer, folder, spec.text_tokens)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def write_hf(model: Model, folder: Path, shard_limit: int | None = None) -> None:
+def write_hf(
+    model: Model, folder: Path, shard_limit: int | None = None, tokenizer: Tokenizer | None = None
+) -> None:
     """The Hugging Face layout exactly as released. By default the shards hold some 30 % each, so a layer spans two."""
     folder.mkdir(parents=True, exist_ok=True)
     files = hf_shards(model.spec, shard_limit)
@@ -170,7 +177,7 @@ def write_hf(model: Model, folder: Path, shard_limit: int | None = None) -> None
     for name, entries in files.items():
         st.write(folder / name, entries, tensors)
     (folder / "model.safetensors.index.json").write_text(index_text(files))
-    write_companions(model.spec, folder, config_hf(model.spec))
+    write_companions(model.spec, folder, config_hf(model.spec), tokenizer)
 
 
 def config_original(spec: Spec) -> dict[str, Any]:

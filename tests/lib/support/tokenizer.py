@@ -188,12 +188,17 @@ SPECIAL_TOKENS_MAP = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>",
 
 def small_tokenizer(folder: Path, vocab: int, spare_rows: int = 11) -> Path:
     """Write the three tokenizer files for a model of `vocab` rows, of which the last `spare_rows` have no token."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = small_vocabulary(vocab - 21 - spare_rows)
+    return write_tokenizer(harmony_tokenizer({token: i for i, token in enumerate(tokens)}), folder, len(tokens))
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, text_tokens: int) -> Path:
+    """Write a tokenizer of harmony's structure with its two configuration files."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    harmony_tokenizer({token: i for i, token in enumerate(tokens)}).save(str(path), pretty=True)
+    tokenizer.save(str(path), pretty=True)
     for name, value in (
-        ("tokenizer_config.json", tokenizer_config(len(tokens))),
+        ("tokenizer_config.json", tokenizer_config(text_tokens)),
         ("special_tokens_map.json", SPECIAL_TOKENS_MAP),
     ):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
