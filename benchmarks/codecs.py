@@ -37,7 +37,7 @@ from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.codecs import CODECS, Codec
 
 DATA = ("gaussian", "heavy", "outlier", "mxfp4")
-_NEEDS_IMPORTANCE = {"iq2_xxs", "iq2_xs", "iq1_s"}
+NEEDS_IMPORTANCE = {"iq2_xxs", "iq2_xs", "iq1_s"}
 _FIRST_USE = """
 import json, time
 import numpy as np
@@ -135,7 +135,7 @@ def results(names: list[str], rows: int, seconds: float) -> Iterator[Result]:
     """Every pair of codec and data set that both sides take."""
     for name in names:
         for weighted in (False, True):
-            if not weighted and name in _NEEDS_IMPORTANCE:
+            if not weighted and name in NEEDS_IMPORTANCE:
                 continue
             for kind in DATA:
                 yield compare(CODECS[name], kind, weighted, rows, seconds)

@@ -6,6 +6,7 @@ The same input and options give the same certificate: no clock, no host, no path
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from gptoss_convert import __version__
@@ -13,7 +14,7 @@ from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, ReadOnce, com
 from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.convert.plan import Plan
 from gptoss_convert.convert.proof import DIFFERENT, Proof
-from gptoss_convert.convert.rebase import BlockCounts
+from gptoss_convert.convert.rebase import Base
 from gptoss_convert.convert.run import Digests
 from gptoss_convert.convert.source import Source
 from gptoss_convert.formats.digests import CERTIFICATE_SCHEMA
@@ -27,9 +28,9 @@ def file_name(artifact: str) -> str:
 
 
 def certificate(
-    source: Source, plan: Plan, digests: Digests, proof: Proof | None, base: BlockCounts | None = None
+    source: Source, plan: Plan, digests: Digests, proof: Proof | None, base: Base | None = None
 ) -> dict[str, Any]:
-    """The whole document. base: of a fine-tune, the blocks that kept the release's bytes and those that did not."""
+    """The whole document. base: the release that --base named, and what became of its blocks."""
     sizes = {file.name: file.size for file in plan.files} | {name: len(data) for name, data in plan.small.items()}
     return {
         "schema": CERTIFICATE_SCHEMA,
@@ -43,16 +44,33 @@ def certificate(
         },
         "lossless": None if proof is None else proof.lossless,
         "lost": None if proof is None else [*source.losses, *plan.losses, *_lost(proof)],
-        **({} if base is None else {"base": base.as_dict()}),
+        **({} if base is None else {"base": _base(base)}),
         "proof": None if proof is None else proof.as_dict(),
     }
 
 
+def _base(base: Base) -> dict[str, Any]:
+    files = _files(base.release, base.digests)
+    return {
+        "layout": str(base.release.layout),
+        "revision": base.release.revision,
+        "model": base.release.config.release,
+        "official_weights": all(file["official"] for file in files),
+        "files": files,
+        "blocks": None if base.blocks is None else base.blocks.as_dict(),
+    }
+
+
+def _files(source: Source, digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    digest_of = {file.name: digests[file.name] for file in source.files}
+    return [
+        {"name": f.name, "size": f.size, "sha256": digest_of[f.name], "official": official_name_of(digest_of[f.name])}
+        for f in source.files
+    ]
+
+
 def _source(source: Source, digests: Digests) -> dict[str, Any]:
-    files = []
-    for file in source.files:
-        digest = digests.source[file.name]
-        files.append({"name": file.name, "size": file.size, "sha256": digest, "official": official_name_of(digest)})
+    files = _files(source, digests.source)
     weights = all(file["official"] for file in files)
     parts = [_companion(source, name) for name in (TOKENIZER, TEMPLATE)]
     config = None
@@ -86,9 +104,16 @@ def _lost(proof: Proof) -> list[str]:
     """One line for each way in which tensors were rounded."""
     kinds: dict[tuple[str, str], list[float]] = {}
     for tensor in proof.tensors:
-        if tensor.verdict == DIFFERENT:
+        if tensor.verdict == DIFFERENT and (tensor.rms_error or tensor.lost_by_cutting is None):
             kinds.setdefault((tensor.source_encoding, tensor.artifact_encoding), []).append(tensor.rms_error)
-    return [
+    lines = [
         f"{len(errors)} tensors rounded from {a} to {b}: relative error at most {max(errors):.3g}"
         for (a, b), errors in sorted(kinds.items())
     ]
+    cut = [tensor.lost_by_cutting for tensor in proof.tensors if tensor.lost_by_cutting is not None]
+    if cut:
+        outputs = max(error for layer in proof.layers for error in layer.cut_errors or ())
+        lines.append(
+            f"dropped neurons held at most {max(cut):.3g} of a tensor's norm, {outputs:.3g} of an expert's output"
+        )
+    return lines

@@ -8,33 +8,40 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.convert.calibration import Calibration, Wish, calibration
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
 from gptoss_convert.convert.companions import ReadOnce
+from gptoss_convert.convert.cut import choose, first_ones
 from gptoss_convert.convert.forecast import require_sense
 from gptoss_convert.convert.names import is_expert_matrix
-from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory
+from gptoss_convert.convert.own_encodings import AUTO, auto_recipe, own_encoding, require_bits_kept, stored_part
+from gptoss_convert.convert.plan import Plan, Slot, Step, make_steps, peak_memory, threads_within
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
-from gptoss_convert.convert.rebase import count_blocks, rebase
+from gptoss_convert.convert.rebase import Base, count_blocks, rebase, require_mxfp4_experts
 from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
-from gptoss_convert.convert.target_gguf import plan_gguf
+from gptoss_convert.convert.target_compressed import plan_int4, plan_int8, plan_int8_g32
+from gptoss_convert.convert.target_gguf import gguf_tensors, plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
+from gptoss_convert.convert.views import View, read_encoding
+from gptoss_convert.convert.widen import Wide
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
+from gptoss_convert.formats.gguf import Value
 from gptoss_convert.formats.output import Output
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
-from gptoss_convert.quant.recipe import Recipe, named, plain, read_recipe
+from gptoss_convert.quant.recipe import Recipe, named, read_recipe
 
-TARGETS = ("gguf", "hf", "original", "bf16")
+TARGETS = ("gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32")
 MAX_RECIPE_BYTES = 1 << 20
-STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
+REBASED_FATE = "unchanged blocks keep the base's bytes, changed ones rounded to mxfp4 where they are not already"
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Options:
     tokenizer: Path | None = None
     gate_proj: str | None = None
     overwrite: bool = False
+    rounding: Wish = field(default_factory=Wish)
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,22 @@ def open_for(path: Path, options: Options) -> Source:
     return source
 
 
-def make_plan(source: Source, target: Path, options: Options) -> Plan:
-    """The plan for these options, from headers alone."""
+def make_plan(
+    source: Source, target: Path, options: Options, keys: Sequence[tuple[str, Value]] = (), *, dry: bool = False
+) -> Plan:
+    """The plan for these options, from headers alone, unless neurons are to be cut: which ones, the weights tell.
+
+    keys: more metadata for a GGUF; dry: the plan is only looked at, so that any neurons will do.
+    """
     if options.to == "gguf":
         _check_gguf_name(target, options)
         recipe, widening = with_widths(choose_recipe(source, options), options.widen)
-        if (options.type or options.recipe) and not options.allow_larger:
-            require_sense(source, recipe)
+        if options.base is not None:
+            require_mxfp4_experts(source.config, recipe)
+        asked = options.type is None and options.recipe is None
+        auto = asked and (options.experts, options.dense) == (AUTO, AUTO)
+        notes = [] if auto else _sense(source, recipe, widening, options, asked)
+        threads = options.threads or cores()
         plan = plan_gguf(
             source,
             recipe,
@@ -94,16 +111,31 @@ def make_plan(source: Source, target: Path, options: Options) -> Plan:
             split_bytes=options.split_bytes,
             stem=target.name if options.split_bytes else "",
             widening=widening,
-            threads=options.threads or cores(),
+            neurons=first_ones if dry else lambda whole, width: choose(whole, width, threads),
+            more=keys,
         )
+        plan.notes[:0] = notes
+        if asked:
+            require_bits_kept(source, plan, options.experts, options.dense)
     else:
         _refuse_codecs(options)
-        planners = {"hf": plan_hf, "original": plan_original, "bf16": plan_bf16}
+        planners = {
+            "hf": plan_hf,
+            "original": plan_original,
+            "bf16": plan_bf16,
+            "int4": plan_int4,
+            "int8": plan_int8,
+            "int8-g32": plan_int8_g32,
+        }
         plan = planners[options.to](source, options.split_bytes)
     if options.to == "gguf" and not options.split_bytes:
         plan.files[0] = type(plan.files[0])(target.name, plan.files[0].head, plan.files[0].size)
     plan.steps = make_steps(plan)
     return plan
+
+
+def _sense(source: Source, recipe: Recipe, widening: str, options: Options, asked: bool) -> list[str]:
+    return require_sense(source, recipe, widening, allow_larger=options.allow_larger, asked=asked)
 
 
 def with_widths(recipe: Recipe, widen: str) -> tuple[Recipe, str]:
@@ -122,34 +154,31 @@ def choose_recipe(source: Source, options: Options) -> Recipe:
     if options.type is not None and options.recipe is not None:
         raise UsageError("--type and --recipe exclude each other")
     if options.type is None and options.recipe is None:
-        return plain(*_codecs(source, options))
+        _check_codecs(options)
+        return auto_recipe(source, options.experts, options.dense)
     if (options.experts, options.dense) != ("auto", "auto"):
         raise UsageError("--experts and --dense are for conversions without --type or --recipe")
     if options.type is not None:
         return named(options.type)
     assert options.recipe is not None
     with SourceFile(options.recipe) as file:
-        text = bytes(file.read(0, min(file.size, MAX_RECIPE_BYTES))).decode("utf-8", "replace")
-    return read_recipe(text, options.recipe)
+        if file.size > MAX_RECIPE_BYTES:
+            raise BadInput(
+                "the recipe is too large to be one", file=options.recipe, found=f"{file.size} bytes",
+                expected=f"at most {MAX_RECIPE_BYTES}",
+            )  # fmt: skip
+        recipe = read_recipe(bytes(file.read(0, file.size)), options.recipe)
+    recipe.require_effect(gguf_tensors(source.config), source.config.layers)
+    return recipe
 
 
-def _codecs(source: Source, options: Options) -> tuple[str, str]:
-    experts = {view.encoding for name, view in source.views.items() if is_expert_matrix(name)}
-    dense = {
-        view.encoding
-        for name, view in source.views.items()
-        if not is_expert_matrix(name) and name.endswith("weight") and view.stack[1] > 1 and "router" not in name
-    }
-    chosen = []
-    for asked, found, known, what in (
-        (options.experts, experts, EXPERT_CODECS, "--experts"),
-        (options.dense, dense, DENSE_CODECS, "--dense"),
+def _check_codecs(options: Options) -> None:
+    for asked, known, what in (
+        (options.experts, EXPERT_CODECS, "--experts"),
+        (options.dense, DENSE_CODECS, "--dense"),
     ):
-        codec = (next(iter(found)) if len(found) == 1 else "f32") if asked == "auto" else asked
-        if codec not in known:
-            raise UsageError(f"{what} cannot be {codec}", expected=", ".join(known))
-        chosen.append(codec)
-    return chosen[0], chosen[1]
+        if asked not in (AUTO, *known):
+            raise UsageError(f"{what} cannot be {asked}", expected=", ".join((AUTO, *known)))
 
 
 def _check_gguf_name(target: Path, options: Options) -> None:
@@ -177,7 +206,7 @@ def _refuse_codecs(options: Options) -> None:
 def thread_count(plan: Plan, wanted: int) -> int:
     """Threads to run with: as many as asked for, or cores, but no more than the memory bound allows."""
     one = peak_memory(plan, 1) - peak_memory(plan, 0)
-    return max(1, min(wanted or cores(), STEP_MEMORY // max(one, 1)))
+    return threads_within(one, wanted or cores())
 
 
 def cores() -> int:
@@ -200,25 +229,32 @@ def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "tensors": [
             {
                 "source": name,
-                "from": source.views[name].encoding,
+                "from": own_encoding(source.views[name], slot.part),
                 "tensor": slot.name,
                 "codec": slot.codec,
                 "shape": list(slot.shape),
                 "bytes": plan.places[slot.name].nbytes,
-                "fate": _fate(source.views[name].encoding, slot.codec),
+                "fate": REBASED_FATE
+                if options.base is not None and is_expert_matrix(name)
+                else _fate(plan.source.views[name], slot),
             }
             for name, slots in plan.slots.items()
             for slot in slots
         ],
         "notes": plan.notes,
+        "losses": plan.losses,
     }
 
 
-def _fate(encoding: str, codec: str) -> str:
-    if codec in ("blocks", "scales"):
+def _fate(view: View, slot: Slot) -> str:
+    """view: of the plan's source, in the output's widths."""
+    encoding = read_encoding(view) if stored_part(view, slot.part, slot.codec) is None else slot.codec
+    if slot.codec in ("blocks", "scales"):
         return "bits kept" if encoding == "mxfp4" else "rounded to mxfp4 where it is not already"
-    moved = encoding == codec == "mxfp4"
-    return "bits moved" if moved else fate(encoding, codec)
+    if isinstance(view, Wide) and view.factor != 1.0:
+        return "scaled by the widening"
+    moved = encoding == slot.codec == "mxfp4"
+    return "bits moved" if moved else fate(encoding, slot.codec)
 
 
 def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> Outcome:
@@ -232,19 +268,23 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         _base(options) as release,
     ):
         _protect_inputs(target, path, options, *(s for s in (source, release) if s is not None))
-        with SourceHashing(source) as hashing:
-            plan = make_plan(source if release is None else rebase(source, release), target, options)
+        with SourceHashing(source) as hashing, _hashing(release) as base_hashing:
+            found = calibration(source, options.rounding, show)
+            plan = _plan(source if release is None else rebase(source, release), target, options, found)
             threads = thread_count(plan, options.threads)
+            prepare = _gptq(plan, options, found, show)
             with show("convert", _step_bytes(plan.steps)) as advance:
-                digests = execute(plan, output, hashing=hashing, threads=threads, advance=advance)
+                digests = execute(plan, output, hashing=hashing, threads=threads, advance=advance, prepare=prepare)
+            base_digests = base_hashing.join() if base_hashing else {}
         proof = counts = None
         if options.proof:
             made = output.partial if folder else output.path(target.name)
             with show("prove", work_size(source)) as advance, open_source(made) as artifact:
                 proof = prove(source, artifact, threads=threads, advance=advance)
                 counts = None if release is None else count_blocks(source, artifact, release, threads)
-            plan.source.check_unchanged()
-        document = certificate(source, plan, digests, proof, counts)
+        plan.source.check_unchanged()
+        base = None if release is None else Base(release, base_digests, counts)
+        document = certificate(source, plan, digests, proof, base)
         data = (json.dumps(document, indent=1) + "\n").encode()
         if folder:
             output.write_small(FOLDER_NAME, data)
@@ -252,6 +292,50 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         else:
             output.publish({file_name(target.name): data})
     return Outcome(target, plan, digests, proof, document)
+
+
+def _plan(source: Source, target: Path, options: Options, found: Calibration | None) -> Plan:
+    """The plan, with what calibration gives."""
+    if found is None:
+        return make_plan(source, target, options)
+    if options.base is not None:
+        raise UsageError("--base keeps and rounds blocks by itself", remedy="leave --method out")
+    plan = make_plan(source, target, options, found.keys())
+    found.put_into(plan)
+    return plan
+
+
+def _gptq(
+    plan: Plan, options: Options, found: Calibration | None, show: ShowProgress
+) -> Callable[[Output, set[int]], set[int]] | None:
+    """The stage that does the plan's matrices by GPTQ, where it is asked for."""
+    if found is None or found.texts is None:
+        return None
+    from gptoss_convert.convert.rounding import Stage
+
+    texts = found.texts
+
+    def stage(output: Output, done: set[int]) -> set[int]:
+        with show("gptq", plan.source.config.layers) as advance:
+            work = Stage(
+                plan, texts, device=options.rounding.device, threads=options.threads or cores(), advance=advance
+            )
+            made = work(output, done)
+        found.finish(plan, work)
+        return made
+
+    return stage
+
+
+def foresee(path: Path, target: Path, options: Options) -> dict[str, Any]:
+    """What `convert` would do with the same arguments, from headers alone: the dry run."""
+    with open_for(path, options) as source, _base(options) as release:
+        plan = make_plan(source if release is None else rebase(source, release), target, options, dry=True)
+        return forecast(source, plan, options)
+
+
+def _hashing(release: Source | None) -> AbstractContextManager[SourceHashing | None]:
+    return nullcontext() if release is None else SourceHashing(release)
 
 
 @contextmanager

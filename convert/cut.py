@@ -12,37 +12,69 @@ which bounds what a neuron can add to the output for an input of unit length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
-from gptoss_convert.convert.run import Workers
+from gptoss_convert.convert.plan import (
+    ENCODED_BYTES_PER_VALUE,
+    LEAF_ROWS,
+    WHOLE_BYTES_PER_VALUE,
+    threads_within,
+)
 from gptoss_convert.convert.source import Source
-from gptoss_convert.convert.views import Stack, View
-from gptoss_convert.kernels.chunks import Chunk, Rows
+from gptoss_convert.convert.views import Stack, View, read_encoding, reads_whole
+from gptoss_convert.convert.workers import Workers
+from gptoss_convert.errors import BadInput
+from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Rows
 from gptoss_convert.kernels.codecs import FLOATS, encode_float
+from gptoss_convert.kernels.floats import F32
 
 KEY_DROPPED = "gptoss-convert.cut.dropped"  # u16 [L·E·(F − F')]: the dropped neurons, ascending for each expert
 
-Kept = NDArray[np.intp]  # [E, F'] ascending
+MOST_NEURONS = 1 << 16  # that it can number
+Kept = NDArray[np.uint16]  # [E, F'] ascending
 
 
-def choose(source: Source, intermediate: int, threads: int) -> dict[int, Kept]:
-    """The neurons to keep, by layer: the `intermediate` most important of each expert, ties to the lower index."""
+def first_ones(source: Source, intermediate: int) -> Mapping[int, Kept]:
+    """As many neurons as are kept, any: for a dry run, which needs their number only and reads no weights."""
+    row = np.arange(intermediate, dtype=np.uint16)
+    return dict.fromkeys(range(source.config.layers), np.broadcast_to(row, (source.config.experts, intermediate)))
+
+
+def is_cut_to(source: Source, intermediate: int) -> bool:
+    """Whether the source is a file of ours that was cut to this width, and loses nothing more by it."""
+    return source.kept is not None and source.kept[0].shape[1] == intermediate
+
+
+def choose(source: Source, intermediate: int, threads: int) -> Mapping[int, Kept]:
+    """The neurons to keep, by layer: the `intermediate` most important of each expert, ties to the lower index.
+
+    A source that was cut to this width keeps what it kept. Otherwise every expert is read, some rows at a time.
+    """
+    if source.kept is not None and is_cut_to(source, intermediate):
+        return source.kept
     experts = source.config.experts
-    kept = {layer: np.empty((experts, intermediate), np.intp) for layer in range(source.config.layers)}
+    kept = {layer: np.empty((experts, intermediate), np.uint16) for layer in range(source.config.layers)}
 
     def decide(job: tuple[int, int]) -> None:
         layer, expert = job
         scores = _importance(source, layer, expert)
+        if np.isnan(scores).any():  # would be dropped, and never be seen
+            raise BadInput(
+                "a value is not a finite number", file=source.path, tensor=layer_name(layer, "mlp.experts"),
+                found=f"in expert {expert}, neuron {int(np.isnan(scores).argmax())}",
+                remedy="the file is corrupt; run verify and fetch it again",
+            )  # fmt: skip
         order = np.argsort(-scores, kind="stable")[:intermediate]
         kept[layer][expert] = np.sort(order)
 
     workers = Workers()
-    workers.each([(n, e) for n in kept for e in range(experts)], decide, threads)
+    largest = max(map(_bytes_at_once, (source.views[layer_name(n, name)] for n in kept for name in (GATE_UP, DOWN))))
+    workers.each([(n, e) for n in kept for e in range(experts)], decide, threads_within(largest, threads))
     workers.join()
     return kept
 
@@ -50,12 +82,32 @@ def choose(source: Source, intermediate: int, threads: int) -> dict[int, Kept]:
 def _importance(source: Source, layer: int, expert: int) -> NDArray[np.float32]:
     """f32 [F]; rounded to float32, so that the last bit of a sum decides nothing."""
     gate_up, down = (source.views[layer_name(layer, name)] for name in (GATE_UP, DOWN))
-    rows = gate_up.read(expert, 0, gate_up.stack[1]).values().astype(np.float64)
-    columns = down.read(expert, 0, down.stack[1]).values().astype(np.float64)
-    into = (rows * rows).sum(axis=1)
-    out = (columns * columns).sum(axis=0)
+    into = np.zeros(gate_up.stack[1])
+    for start, values in _by_rows(gate_up, expert):
+        into[start : start + len(values)] = np.einsum("rc,rc->r", values, values, dtype=np.float64)
+    out = np.zeros(down.stack[2])
+    for _, values in _by_rows(down, expert):
+        out += np.einsum("rc,rc->c", values, values, dtype=np.float64)
     scores: NDArray[np.float32] = np.sqrt(out * (into[0::2] + into[1::2])).astype(np.float32)
     return scores
+
+
+def _rows_at_once(view: View) -> int:
+    return view.stack[1] if reads_whole(view) else LEAF_ROWS
+
+
+def _bytes_at_once(view: View) -> int:
+    each = WHOLE_BYTES_PER_VALUE if reads_whole(view) else ENCODED_BYTES_PER_VALUE
+    return _rows_at_once(view) * view.stack[2] * each
+
+
+def _by_rows(view: View, expert: int) -> Iterator[tuple[int, F32]]:
+    """(first row, values f32 [r, C]) for all rows of an expert's matrix, few of them decoded at a time."""
+    rows, height = view.stack[1], _rows_at_once(view)
+    for start in range(0, rows, height):
+        chunk = view.read(expert, start, min(start + height, rows))
+        for first in range(0, chunk.shape[0], ROWS_AT_ONCE):
+            yield start + first, chunk.select(slice(first, first + ROWS_AT_ONCE)).values()
 
 
 def cut(source: Source, kept: Mapping[int, Kept]) -> Source:
@@ -65,15 +117,21 @@ def cut(source: Source, kept: Mapping[int, Kept]) -> Source:
     for layer, neurons in kept.items():
         for name in (GATE_UP, DOWN):
             full = layer_name(layer, name)
-            views[full] = CutRows(views[full], neurons) if name == GATE_UP else CutColumns(views[full], neurons)
+            views[full] = _cut(views[full], neurons, CutRows if name == GATE_UP else CutColumns)
         bias = layer_name(layer, GATE_UP + "_bias")
-        views[bias] = CutBias(views[bias], neurons)
+        views[bias] = _cut(views[bias], neurons, CutBias)
     return replace(source, config=replace(source.config, intermediate=width), views=views)
 
 
-def _pairs(neurons: NDArray[np.intp]) -> NDArray[np.intp]:
+def _cut(view: View, neurons: Kept, make: Callable[[View, Kept], View]) -> View:
+    """What was cut so already is as it was."""
+    return view.base if isinstance(view, Restored) and np.array_equal(view.kept, neurons) else make(view, neurons)
+
+
+def pairs(neurons: Kept) -> NDArray[np.intp]:
     """Neurons → the rows of gate_up that are theirs."""
-    return np.stack([2 * neurons, 2 * neurons + 1], axis=-1).reshape(*neurons.shape[:-1], -1)
+    first = 2 * neurons.astype(np.intp)
+    return np.stack([first, first + 1], axis=-1).reshape(*neurons.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -85,8 +143,8 @@ class CutRows:
 
     @property
     def encoding(self) -> str:
-        """As the base."""
-        return self.base.encoding
+        """As the base is read."""
+        return read_encoding(self.base)
 
     @property
     def stack(self) -> Stack:
@@ -95,7 +153,7 @@ class CutRows:
 
     def read(self, expert: int, start: int, stop: int) -> Chunk:
         """See View."""
-        rows = _pairs(self.kept[expert])[start:stop]
+        rows = pairs(self.kept[expert])[start:stop]
         if not len(rows):
             return self.base.read(expert, 0, 0)
         return self.base.read(expert, int(rows[0]), int(rows[-1]) + 1).select(rows - rows[0])
@@ -144,7 +202,7 @@ class CutBias:
     def read(self, expert: int, start: int, stop: int) -> Chunk:
         """See View."""
         values = self.base.read(expert, start, stop).values()
-        taken = np.take_along_axis(values, _pairs(self.kept[start:stop]), axis=1)
+        taken = np.take_along_axis(values, pairs(self.kept[start:stop]), axis=1)
         return Rows(self.encoding, encode_float(np.ascontiguousarray(taken), self.encoding))
 
 
@@ -153,17 +211,21 @@ class CutBias:
 
 def dropped_list(kept: Mapping[int, Kept], intermediate: int) -> list[int]:
     """What KEY_DROPPED holds."""
-    everything = np.arange(intermediate)
-    return [int(i) for n in sorted(kept) for row in kept[n] for i in np.setdiff1d(everything, row)]
+    dropped: list[int] = []
+    for layer in sorted(kept):
+        gone = np.ones((len(kept[layer]), intermediate), np.bool_)
+        np.put_along_axis(gone, kept[layer].astype(np.intp), False, axis=1)
+        dropped += np.nonzero(gone)[1].tolist()
+    return dropped
 
 
 def kept_from(dropped: Sequence[int], layers: int, experts: int, intermediate: int) -> dict[int, Kept] | None:
     """The inverse; None for a list that cannot be one."""
     count, rest = divmod(len(dropped), layers * experts)
-    if rest or not 0 < count < intermediate or min(dropped) < 0 or max(dropped) >= intermediate:
+    if rest or not 0 < count < intermediate <= MOST_NEURONS or min(dropped) < 0 or max(dropped) >= intermediate:
         return None
-    table = np.array(dropped, np.intp).reshape(layers, experts, count)
-    everything = np.arange(intermediate)
+    table = np.array(dropped, np.uint16).reshape(layers, experts, count)
+    everything = np.arange(intermediate, dtype=np.uint16)
     kept = {n: [np.setdiff1d(everything, row) for row in table[n]] for n in range(layers)}
     if any(len(row) != intermediate - count for rows in kept.values() for row in rows):
         return None
@@ -189,6 +251,8 @@ class Restored:
     intermediate: int
     axis: str
 
+    as_values = True  # read as float32, whatever the file holds
+
     @property
     def encoding(self) -> str:
         """As the base: what the file holds."""
@@ -206,7 +270,7 @@ class Restored:
         """See View."""
         values = np.zeros((stop - start, self.stack[2]), np.float32)
         if self.axis == "rows":
-            rows = _pairs(self.kept[expert])
+            rows = pairs(self.kept[expert])
             first, last = (int(i) for i in np.searchsorted(rows, (start, stop)))
             if last > first:
                 values[rows[first:last] - start] = self.base.read(expert, first, last).values()
@@ -214,7 +278,7 @@ class Restored:
             values[:, self.kept[expert]] = self.base.read(expert, start, stop).values()
         else:
             found = self.base.read(expert, start, stop).values()
-            np.put_along_axis(values, _pairs(self.kept[start:stop]), found, axis=1)
+            np.put_along_axis(values, pairs(self.kept[start:stop]), found, axis=1)
         return Rows("f32", encode_float(values, "f32"))
 
 

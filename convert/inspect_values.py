@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptoss_convert.convert.names import as_stack, canonical_shapes
-from gptoss_convert.convert.run import Workers
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import Transposed, View
+from gptoss_convert.convert.workers import Workers
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4
 from gptoss_convert.kernels.codecs import CODECS
 

@@ -11,7 +11,7 @@ bound all follow from the plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,11 +22,15 @@ from gptoss_convert.convert.names import Shape, as_stack, canonical_shapes
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import Transposed, View, reads_whole
 from gptoss_convert.kernels.codecs import CODECS
+from gptoss_convert.kernels.floats import F32
 
 LEAF_ROWS = 1024  # steps begin at multiples of it; the proof's digests are over as many rows
 STEP_VALUES = 6 << 20  # values of a step where rows are divided
 BLOCKS, SCALES = "blocks", "scales"  # the two halves of MXFP4 in release order, as codecs of an output tensor
+# The two halves of a codec of `int_rows`, as fields of an output tensor.
+INT_SCALES, INT_CODES = "int scales", "int codes"
 
+STEP_MEMORY = 640 << 20  # what all threads together may hold of steps
 # Resident memory before the first step (interpreter, numpy, numba, tokenizer) as measured, and per value of a step.
 BASE_MEMORY = 420 << 20
 ENCODED_BYTES_PER_VALUE = 6  # read and written copies and the transient of ROWS_AT_ONCE rows
@@ -40,7 +44,9 @@ class Slot:
     """An output tensor that takes values of a canonical one.
 
     codec: a row codec, or BLOCKS or SCALES; part: "" all rows, "gate" the even or "up" the odd ones (of a bias, columns);
-    shape: the output tensor's; first_row: where the canonical rows go in a taller output tensor (qkv).
+    shape: the output tensor's; first_row: where the canonical rows go in a taller output tensor (qkv); field: INT_SCALES or
+    INT_CODES where the tensor holds only these of the codec's rows, in elements of `width` bytes; expert: the only one whose
+    values it takes.
     """
 
     name: str
@@ -49,6 +55,9 @@ class Slot:
     part: str = ""
     first_row: int = 0
     transposed: bool = False
+    field: str = ""
+    width: int = 0
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Piece:
     part: str
     columns: bool  # whether `part` takes columns (of a bias) and not rows
     transposed: bool
+    field: str = ""  # as in Slot
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)  # what the plan gives up by design
+    importance: Mapping[str, F32] = field(default_factory=dict)  # canonical matrix → f32 [E, C] of the true model's columns
 
     @property
     def output_bytes(self) -> int:
@@ -137,6 +148,7 @@ class Plan:
             [[f.name, f.size, blake3.blake3(f.head).hexdigest()] for f in self.files],
             {name: blake3.blake3(data).hexdigest() for name, data in self.small.items()},
             [[f.name, *asdict(f.identity).values()] for f in self.source.files],
+            {name: blake3.blake3(values.tobytes()).hexdigest() for name, values in self.importance.items()},
         ):
             hasher.update(json.dumps(part, sort_keys=True).encode())
         for step in self.steps:
@@ -148,6 +160,8 @@ def slot_bytes(slot: Slot) -> int:
     """Bytes of an output tensor."""
     if slot.codec in (BLOCKS, SCALES):
         return _product(slot.shape)  # of bytes, already counted in the shape
+    if slot.field:
+        return _product(slot.shape) * slot.width
     *outer, columns = slot.shape
     return _product(outer) * CODECS[slot.codec].row_bytes(columns)
 
@@ -167,11 +181,15 @@ def make_steps(plan: Plan) -> list[Step]:
         slots = plan.slots[name]
         whole = any(slot.transposed for slot in slots) or reads_whole(plan.source.views[name])
         height = rows if whole else rows_per_step(columns)
+        own: dict[int | None, list[Slot]] = {}
+        for slot in slots:
+            own.setdefault(slot.expert, []).append(slot)
         for expert in range(experts):
+            taking = own.get(None, []) + own.get(expert, [])
             for start in range(0, rows, height):
                 stop = min(start + height, rows)
                 part = (expert, start, stop)
-                pieces = tuple(_piece(slot, plan.places[slot.name], part, (rows, columns)) for slot in slots)
+                pieces = tuple(_piece(slot, plan.places[slot.name], part, (rows, columns)) for slot in taking)
                 steps.append(Step(name, expert, start, stop, pieces))
     return sorted(steps, key=lambda step: (step.pieces[0].file, step.pieces[0].offset))
 
@@ -185,6 +203,12 @@ def _piece(slot: Slot, place: Place, part: tuple[int, int, int], matrix: tuple[i
     """The range of the output tensor that rows start … stop of an expert's matrix [rows, columns] fill."""
     expert, start, stop = part
     rows, columns = matrix
+    if slot.field:
+        matrices = slot.shape[0] if len(slot.shape) == 3 else 1
+        size = slot_bytes(slot) // (matrices * rows)
+        first = (expert * rows if slot.expert is None else 0) + start
+        at, nbytes = place.offset + first * size, (stop - start) * size
+        return Piece(place.file, at, nbytes, slot.codec, "", False, slot.transposed, slot.field)
     if slot.transposed:
         size = rows * CODECS[slot.codec].row_bytes(columns)
         return Piece(place.file, place.offset + expert * size, size, slot.codec, slot.part, False, True)
@@ -208,6 +232,11 @@ def peak_memory(plan: Plan, threads: int) -> int:
         whole = any(piece.transposed for piece in step.pieces) or _reads_twice(plan.source.views[step.tensor])
         largest = max(largest, values * (WHOLE_BYTES_PER_VALUE if whole else ENCODED_BYTES_PER_VALUE))
     return BASE_MEMORY + threads * largest + sum(len(file.head) for file in plan.files)
+
+
+def threads_within(bytes_each: int, wanted: int) -> int:
+    """Threads, at most as many as wanted, that hold no more than STEP_MEMORY together; one at least."""
+    return max(1, min(wanted, STEP_MEMORY // max(bytes_each, 1)))
 
 
 def _reads_twice(view: View) -> bool:

@@ -11,23 +11,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import blake3
 import numpy as np
 
-from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
+from gptoss_convert.convert.columns import fit
+from gptoss_convert.convert.names import is_expert_matrix
+from gptoss_convert.convert.own_encodings import stored_part
+from gptoss_convert.convert.plan import BLOCKS, INT_CODES, SCALES, Piece, Plan, Step
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
-from gptoss_convert.convert.views import View
 from gptoss_convert.convert.widen import Wide
+from gptoss_convert.convert.workers import Workers
 from gptoss_convert.errors import BadInput, GptOssError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
 from gptoss_convert.kernels.floats import F32, transpose
+from gptoss_convert.kernels.int_rows import split
 from gptoss_convert.quant.encode import encode, encode_packed
 
 READ_BYTES = 1 << 20  # half a core's cache: hashed while it is still there
@@ -39,59 +43,6 @@ class Digests:
 
     source: dict[str, str]
     output: dict[str, str]
-
-
-class Workers:
-    """Threads that work through items in order; the first error stops all and is raised in the caller."""
-
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self.stopped = threading.Event()
-
-    def each(self, items: Iterable[Any], work: Callable[[Any], None], threads: int) -> None:
-        """Start `threads` threads that share the items."""
-        iterator = iter(items)
-
-        def loop() -> None:
-            while not self.stopped.is_set():
-                with self._lock:
-                    item = next(iterator, None)
-                if item is None:
-                    return
-                work(item)
-
-        for _ in range(threads):
-            self.start(loop)
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Start one thread."""
-
-        def guarded() -> None:
-            try:
-                work()
-            except BaseException as error:
-                with self._lock:
-                    self._error = self._error or error
-                self.stopped.set()
-
-        self._threads.append(threading.Thread(target=guarded, daemon=True))
-        self._threads[-1].start()
-
-    def join(self) -> None:
-        """Wait for all; raise the first error, or KeyboardInterrupt after stopping them."""
-        try:
-            for thread in self._threads:
-                while thread.is_alive():
-                    thread.join(0.2)
-        except BaseException:
-            self.stopped.set()
-            for thread in self._threads:
-                thread.join()
-            raise
-        if self._error is not None:
-            raise self._error
 
 
 class SourceHashing:
@@ -116,12 +67,26 @@ class SourceHashing:
             self._workers.join()
 
 
-def execute(plan: Plan, output: Output, *, hashing: SourceHashing, threads: int, advance: Advance) -> Digests:
-    """Do every step that an earlier run has not finished; returns the digests of all source and output files."""
+Prepare = Callable[[Output, set[int]], set[int]]
+"""Called with the open output and the finished steps before the runner begins; does some steps itself and returns them."""
+
+
+def execute(
+    plan: Plan,
+    output: Output,
+    *,
+    hashing: SourceHashing,
+    threads: int,
+    advance: Advance,
+    prepare: Prepare | None = None,
+) -> Digests:
+    """Do every step that an earlier run, or `prepare`, has not finished; returns the digests of all source and output files."""
     files = [(file.name, file.size) for file in plan.files]
     source = plan.source
     journal = output.open(plan.digest(), files)
     done = _verified(journal, plan, output)
+    if prepare is not None:
+        done |= prepare(output, set(done))
     front = _Front(plan)
     for index, file in enumerate(plan.files):
         output.write(file.name, 0, file.head)
@@ -179,17 +144,36 @@ def do_step(step: Step, plan: Plan, output: Output) -> str:
     """Read, check, encode and write one step; returns the digest of the bytes written."""
     chunk = plan.source.views[step.tensor].read(step.expert, step.start, step.stop)
     require_finite(chunk, plan.source, step)
-    importance = column_importance(plan.source.views[step.tensor])
+    importance = column_importance(plan, step)
     hasher = blake3.blake3()
     if any(piece.codec in (BLOCKS, SCALES) for piece in step.pieces):
-        chunk = encode_packed(chunk)
+        chunk = encode_packed(chunk, importance)
+    fielded = next((piece.codec for piece in step.pieces if piece.field), None)
+    if fielded:  # once for both halves
+        chunk = Rows(fielded, encode(chunk, fielded, step.tensor, step.start, importance))
     for piece in step.pieces:
-        data = piece_bytes(chunk, piece, step, importance)
+        own = _stored_rows(chunk, piece, step, plan.source)
+        data = piece_bytes(chunk, piece, step, importance) if own is None else own
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         assert len(view) == piece.nbytes
         output.write(plan.files[piece.file].name, piece.offset, view)
         hasher.update(view)
     return hasher.hexdigest()
+
+
+def _stored_rows(chunk: Chunk, piece: Piece, step: Step, source: Source) -> np.ndarray[Any, Any] | None:
+    """Rows that the source holds in the piece's codec already, though the chunk cannot show them (`own_encodings`)."""
+    canonical = source.views[step.tensor]
+    shown = chunk.encoding == piece.codec and not isinstance(canonical, Wide)
+    if piece.columns or piece.transposed or shown or piece.codec in (BLOCKS, SCALES):
+        return None
+    view = stored_part(canonical, piece.part, piece.codec)
+    if view is None:
+        return None
+    start, stop = (step.start // 2, step.stop // 2) if piece.part else (step.start, step.stop)
+    rows = view.read(step.expert, start, stop)
+    require_finite(rows, source, replace(step, start=start, stop=stop))
+    return np.ascontiguousarray(encode(rows, piece.codec, _place(step, piece.part), start))
 
 
 def require_finite(chunk: Chunk, source: Source, step: Step) -> None:
@@ -206,8 +190,11 @@ def require_finite(chunk: Chunk, source: Source, step: Step) -> None:
         )
 
 
-def column_importance(view: View) -> F32 | None:
-    """f32 [C]: nothing for the columns that widening added, which only ever meet zeros; None where all count alike."""
+def column_importance(plan: Plan, step: Step) -> F32 | None:
+    """f32 [C]: as calibrated; nothing for the columns that widening added, which only ever meet zeros; None: all count alike."""
+    view = plan.source.views[step.tensor]
+    if step.tensor in plan.importance:
+        return fit(plan.importance[step.tensor][step.expert], view, step.expert)
     if not isinstance(view, Wide) or view.true_columns == view.stack[2]:
         return None
     return (np.arange(view.stack[2]) < view.true_columns).astype(np.float32)
@@ -220,12 +207,23 @@ def piece_bytes(chunk: Chunk, piece: Piece, step: Step, importance: F32 | None =
     if piece.codec in (BLOCKS, SCALES):
         assert isinstance(chunk, Mxfp4)
         return np.ascontiguousarray(chunk.blocks if piece.codec == BLOCKS else chunk.scales)
+    if piece.field:
+        assert isinstance(chunk, Rows)
+        half = split(piece.codec, chunk.data)[piece.field == INT_CODES]
+        return transpose(half) if piece.transposed else half
     if piece.transposed:
         return _transposed(chunk, piece.codec, step)
     if piece.columns:
         values = chunk.values()[:, 0 if piece.part == "gate" else 1 :: 2]
         return np.ascontiguousarray(encode_float(np.ascontiguousarray(values), piece.codec))
-    return np.ascontiguousarray(encode(chunk, piece.codec, step.tensor, step.start, importance))
+    first = step.start // 2 if piece.part else step.start
+    return np.ascontiguousarray(encode(chunk, piece.codec, _place(step, piece.part), first, importance))
+
+
+def _place(step: Step, part: str) -> str:
+    """Where a step's piece is, for errors; rows are counted within it."""
+    parts = [step.tensor, f"expert {step.expert}" if is_expert_matrix(step.tensor) else "", part]
+    return ", ".join(filter(None, parts))
 
 
 def _transposed(chunk: Chunk, codec: str, step: Step) -> np.ndarray[Any, Any]:

@@ -13,6 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.companions import Companion
 from gptoss_convert.convert.names import as_stack, canonical_shapes
@@ -34,6 +37,7 @@ class Layout(StrEnum):
     BF16_MISNAMED = "bf16-misnamed"
     LINEARISED = "linearised"
     PER_EXPERT = "per-expert"
+    COMPRESSED = "compressed-tensors"
     GGUF = "gguf"
 
 
@@ -45,6 +49,7 @@ DESCRIPTION = {
     Layout.BF16_MISNAMED: "fused floating-point experts that transformers saved under the names of packed ones (*_blocks)",
     Layout.LINEARISED: "one linear module for each expert, gate and up rows alternating (as unsloth saves)",
     Layout.PER_EXPERT: "gate_proj, up_proj and down_proj apart for each expert",
+    Layout.COMPRESSED: "integer experts in compressed-tensors' form, under vLLM's names",
     Layout.GGUF: "GGUF of architecture gpt-oss",
 }
 
@@ -87,6 +92,8 @@ class Source:
     stored: list[StoredTensor] = field(default_factory=list)
     revision: str | None = None
     wide: ModelConfig | None = None  # of a widened file: the widths that its tensors have
+    wide_views: Mapping[str, View] = field(default_factory=dict)  # and these, padding and all
+    kept: Mapping[int, NDArray[np.uint16]] | None = None  # of a cut file, see cut.py: the neurons [E, F'] of each layer
     gate_meaning: str | None = None  # of a per-expert checkpoint, see gate_meaning.py
 
     def require_sound(self) -> None:

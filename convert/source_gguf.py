@@ -6,6 +6,7 @@ attn_qkv is divided. Ollama's dialect (architecture "gptoss") is recognised and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,14 @@ from gptoss_convert.convert.names import as_stack, canonical_shapes, gguf_gate_u
 from gptoss_convert.convert.source import Layout, Problem, Source, StoredTensor
 from gptoss_convert.convert.tokenizer_files import gguf_companions
 from gptoss_convert.convert.views import Alternating, RowRange, Stored, View
-from gptoss_convert.convert.widen import KEY_GAIN, KEY_HIDDEN, KEY_INTERMEDIATE, narrow
+from gptoss_convert.convert.widen import (
+    GAINS_ROUNDED,
+    KEY_GAIN,
+    KEY_HIDDEN,
+    KEY_INTERMEDIATE,
+    gain_factor,
+    narrow,
+)
 from gptoss_convert.errors import BadInput, Refused, printable
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import TensorInfo, Value, ValueType, read_header
@@ -97,14 +105,15 @@ def _narrowed(source: Source) -> Source:
     if not fits or (true[1] > wide.intermediate) != cut or gain not in FLOATS:
         raise BadInput("the keys of a widened file do not fit it", file=source.path, found=f"{true}, {gain!r}")
     source.check_shapes()
+    if gain == "f32" and math.frexp(gain_factor(true[0], wide.hidden))[0] != 0.5:  # no power of two
+        source.losses.append(GAINS_ROUNDED)
     if cut:
         return _restored(source, true[0], true[1], gain)
     narrowed = narrow(source, true[0], true[1], gain)
     narrowed.notes.append(
-        f"the file is widened from {true[0]} to {wide.hidden} columns (experts from {true[1]} to {wide.intermediate}), so that "
-        "blocks of 256 fit; it is read as the model it was made of"
+        f"the file is widened from {true[0]} to {wide.hidden} columns (experts from {true[1]} to {wide.intermediate}); "
+        "it is read as the model it was made of"
     )
-    narrowed.wide = wide
     return narrowed
 
 
@@ -119,7 +128,7 @@ def _restored(source: Source, hidden: int, intermediate: int, gain: str) -> Sour
         raise BadInput("the list of dropped neurons does not fit the file", file=source.path, tensor=KEY_DROPPED)
     restored = restore(narrow(source, hidden, wide.intermediate, gain), kept, intermediate)
     restored.losses.append(describe(intermediate, wide.intermediate))
-    restored.wide = wide
+    restored.kept = kept
     return restored
 
 

@@ -10,6 +10,7 @@ config's quantization_config, any of which may be stale:
     gate_up_projs.<e>.weight floating rank 2                     LINEARISED: [out, in], rows alternating
     <e>.gate_proj.weight + <e>.up_proj.weight                    PER_EXPERT: see gate_meaning.py
     block.N.mlp.mlp1_weight.blocks                               ORIGINAL
+    <e>.w13_weight_packed, or gate_up_proj I8 with .weight_scale COMPRESSED: see source_compressed.py
 """
 
 from __future__ import annotations
@@ -154,11 +155,16 @@ def _check_index(index: Path, tensors: Tensors, files: list[SourceFile]) -> None
 
 
 def _build(folder: Path, files: list[SourceFile], tensors: Tensors, gate_proj: str | None) -> Source:
-    for pattern, reason in _FOREIGN:
+    from gptoss_convert.convert.source_compressed import has_integer_experts, open_compressed
+
+    ours = has_integer_experts(tensors)
+    for pattern, reason in () if ours else _FOREIGN:
         culprit = next((name for name in tensors if re.search(pattern, name)), None)
         if culprit:
             raise Refused(f"this is {reason}", file=folder, tensor=culprit)
-    if any(name.startswith("block.") for name in tensors):
+    if ours:
+        source = open_compressed(folder, tensors, *_config(folder))
+    elif any(name.startswith("block.") for name in tensors):
         source = _open_original(folder, tensors)
     else:
         source = _open_hf(folder, tensors, gate_proj)
@@ -179,6 +185,10 @@ def _build(folder: Path, files: list[SourceFile], tensors: Tensors, gate_proj: s
 
 def _find_companions(source: Source, folder: Path) -> None:
     source.companions = collect_companions(folder)
+    if source.layout is Layout.COMPRESSED:
+        from gptoss_convert.convert.source_compressed import companions_of_source
+
+        source.companions = companions_of_source(source.companions, folder)
     parent = folder.parent
     if "tokenizer.json" not in source.companions and source.layout is Layout.ORIGINAL and parent != folder:
         # The release keeps original/ below the folder with the tokenizer.

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptoss_convert.config import ModelConfig, default_sliding
 from gptoss_convert.convert.companions import companion_bytes
-from gptoss_convert.convert.cut import KEY_DROPPED, choose, cut, describe, dropped_list
+from gptoss_convert.convert.gguf_widths import Neurons, change_widths, is_own_description
 from gptoss_convert.convert.model_card import card_metadata
 from gptoss_convert.convert.names import (
     Shape,
@@ -29,30 +29,21 @@ from gptoss_convert.convert.plan import OutFile, Place, Plan, Slot, greedy_shard
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.convert.source_gguf import ARCHITECTURE, OWN_TRUNCATE
 from gptoss_convert.convert.tokens import PRE, Vocabulary, read_vocabulary
-from gptoss_convert.convert.widen import (
-    KEY_GAIN,
-    KEY_HIDDEN,
-    KEY_INTERMEDIATE,
-    SUPER_BLOCK,
-    Widening,
-    Widths,
-    is_gain,
-    required,
-    widen,
-)
 from gptoss_convert.errors import BadInput, Refused, UsageError, printable
 from gptoss_convert.formats.gguf import Value, ValueType, array, boolean, build_header, f32, string, u32
 from gptoss_convert.formats.gguf_split import split_metadata
 from gptoss_convert.formats.gguf_split import split_name as part_name
 from gptoss_convert.kernels.codecs import CODECS
-from gptoss_convert.quant.recipe import Recipe
+from gptoss_convert.quant.recipe import TYPES, Recipe, plain
 
 ALIGNMENT = 32
-# llama.cpp's LLAMA_FTYPE, by what the experts are.
+# llama.cpp's LLAMA_FTYPE, by the type's name; of a mixture of one's own by the codec of most experts.
 FILE_TYPE = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16,
-    "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32,
-    "mxfp4": 38, "nvfp4": 39, "q2_0": 41,
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
+    "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "q2_k_s": 21, "iq3_xxs": 23,
+    "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "bf16": 32, "mxfp4": 38, "nvfp4": 39, "q2_0": 41,
+    "q3_k_l": 13, "iq3_xs": 22, "iq3_m": 27, "iq2_m": 29,
+    "q3_k": 11, "q4_k": 14, "q5_k": 16,
 }  # fmt: skip
 GUESSED = 1024  # llama.cpp's flag for a mixture that it has no number for
 QUANTIZATION_VERSION = 2
@@ -66,20 +57,21 @@ def plan_gguf(
     split_bytes: int | None = None,
     stem: str = "",
     widening: str = "auto",
-    threads: int = 1,
+    neurons: Neurons,
+    more: Sequence[tuple[str, Value]] = (),
 ) -> Plan:
     """The plan of a GGUF by a recipe: one file, or parts of at most `split_bytes` of tensor data named after `stem`.
 
-    Where the recipe's codecs do not divide the rows, the model is widened ("auto"), or its experts are cut to the next lower
-    multiple and only the residual stream is widened ("cut"), or the recipe is refused ("none").
+    widening: see gguf_widths.py; neurons: chooses those that a cut keeps; more: further metadata.
     """
     require_expressible(source.config, source)
     slots = gguf_slots(source.config, recipe)
-    changed, note, losses, keys = _change_widths(source, slots, widening, (recipe.hidden, recipe.intermediate), threads)
-    if changed is not source:
-        source, slots = changed, gguf_slots(changed.config, recipe)
+    general = general_metadata(source, slots, name)
+    changed = change_widths(source, slots, recipe, widening, neurons, {key for key, _ in general})
+    if changed.source is not source:
+        source, slots = changed.source, gguf_slots(changed.source.config, recipe)
     tensors = [slot for group in slots.values() for slot in group]
-    metadata = build_metadata(source, tensors, name) + keys
+    metadata = [*general, *model_metadata(source, file_type(recipe.name, source.config, slots)), *changed.keys, *more]
     if split_bytes is None:
         parts = [[slot.name for slot in tensors]]
         names = [stem]
@@ -87,7 +79,7 @@ def plan_gguf(
         parts = list(greedy_shards([(slot.name, slot_bytes(slot)) for slot in tensors], split_bytes))
         names = [part_name(stem, i, len(parts)) for i in range(len(parts))]
     options = {"recipe": recipe.as_dict(), "widen": widening, "name": name, "split_bytes": split_bytes}
-    plan = Plan("gguf", source, options, slots, notes=[note] if note else [], losses=losses)
+    plan = Plan("gguf", source, options, slots, notes=changed.notes, losses=changed.losses)
     by_name = {slot.name: slot for slot in tensors}
     for index, part in enumerate(parts):
         keys = metadata if index == 0 else []
@@ -95,43 +87,6 @@ def plan_gguf(
             keys = [*keys, *split_metadata(index, len(parts), len(tensors))]
         _lay_out(plan, names[index], keys, [by_name[tensor] for tensor in part])
     return plan
-
-
-def _change_widths(
-    source: Source, slots: Mapping[str, list[Slot]], widening: str, asked: Widths, threads: int
-) -> tuple[Source, str, list[str], list[tuple[str, Value]]]:
-    """The source in widths that the slots' codecs divide, what to say of it, what it loses, and the keys that undo it."""
-    true = source.config
-    wide = required(true, {slot.name: slot.codec for group in slots.values() for slot in group}, asked)
-    if wide is None:
-        return source, "", [], []
-    if widening == "none":
-        _refuse_rows(slots)
-        raise Refused("the recipe asks for other widths, and --widen none forbids them", found=f"{wide}")
-    keys, losses = widening_keys(source), []
-    lower = true.intermediate - true.intermediate % SUPER_BLOCK
-    if widening == "cut" and wide.intermediate > true.intermediate and lower and asked[1] is None:
-        wide = Widening(wide.hidden, lower)
-    if wide.intermediate < true.intermediate:
-        _refuse_deep_cut(true.intermediate, wide.intermediate)
-        kept = choose(source, wide.intermediate, threads)
-        keys.append((KEY_DROPPED, array(ValueType.UINT16, dropped_list(kept, true.intermediate))))
-        losses.append(describe(true.intermediate, wide.intermediate))
-        source = cut(source, kept)
-    why = "as the recipe asks" if any(asked) else "because blocks of 256 do not divide the rows"
-    note = (
-        f"widened from {true.hidden} to {wide.hidden} columns (experts from {true.intermediate} to {wide.intermediate}), "
-        f"{why}; what is added is zeros and changes nothing"
-    )
-    return widen(source, wide), note, losses, keys
-
-
-def _refuse_deep_cut(width: int, kept: int) -> None:
-    """More than a quarter of the neurons by weight norm leaves another model, whose proof would mean nothing."""
-    if 4 * kept < 3 * width:
-        raise Refused(
-            "too many neurons would be cut", found=f"{kept} of {width} kept", expected=f"at least {-(-3 * width // 4)}"
-        )
 
 
 def require_expressible(config: ModelConfig, source: Source) -> None:
@@ -166,6 +121,12 @@ def gguf_slots(config: ModelConfig, recipe: Recipe) -> dict[str, list[Slot]]:
     return {name: _slots(name, shape, recipe, config.layers) for name, shape in canonical_shapes(config).items()}
 
 
+def gguf_tensors(config: ModelConfig) -> dict[str, int | None]:
+    """The name of every output tensor, and its layer."""
+    slots = gguf_slots(config, plain("f32", "f32"))
+    return {slot.name: split_name(name)[0] for name, group in slots.items() for slot in group}
+
+
 def _slots(name: str, shape: Shape, recipe: Recipe, layers: int) -> list[Slot]:
     layer, _ = split_name(name)
     if is_gate_up(name):
@@ -177,32 +138,7 @@ def _slots(name: str, shape: Shape, recipe: Recipe, layers: int) -> list[Slot]:
     return [Slot(there, recipe.codec(there, layer, layers), shape)]
 
 
-def _refuse_rows(slots: Mapping[str, list[Slot]]) -> None:
-    """Name the first tensor whose rows its codec does not divide."""
-    for group in slots.values():
-        for slot in group:
-            if not CODECS[slot.codec].fits(slot.shape[-1]):
-                raise Refused(
-                    "the codec's blocks do not divide the tensor's rows",
-                    tensor=slot.name,
-                    found=f"{slot.shape[-1]} columns",
-                    expected=f"a multiple of {CODECS[slot.codec].block} for {slot.codec}",
-                    remedy="let the model be widened (--widen auto), or choose a type with blocks of 32",
-                )
-
-
-def widening_keys(true: Source) -> list[tuple[str, Value]]:
-    """What a wide file says of the model it was made of."""
-    gain = next(view.encoding for name, view in true.views.items() if is_gain(name))
-    return [
-        (KEY_HIDDEN, u32(true.config.hidden)),
-        (KEY_INTERMEDIATE, u32(true.config.intermediate)),
-        (KEY_GAIN, string(gain)),
-    ]
-
-
 def _lay_out(plan: Plan, file_name: str, keys: Sequence[tuple[str, Value]], slots: Sequence[Slot]) -> None:
-    _refuse_rows({slot.name: [slot] for slot in slots})
     infos = [(slot.name, CODECS[slot.codec].ggml_id, tuple(reversed(slot.shape))) for slot in slots]
     head, placed = build_header(keys, infos, ALIGNMENT)
     for info in placed:
@@ -214,18 +150,26 @@ def _lay_out(plan: Plan, file_name: str, keys: Sequence[tuple[str, Value]], slot
 # --- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def build_metadata(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
-    """All keys, in the converter's order: general, architecture, tokenizer."""
-    return [*_general(source, tensors, name), *_model(source.config, _expert_codec(tensors)), *_tokenizer(source)]
+def file_type(name: str, config: ModelConfig, slots: Mapping[str, list[Slot]]) -> int:
+    """general.file_type: of a known type its own, else of the codec that most experts' weights have.
+
+    Known is the type called `name`, or else any, that gives every tensor the codec it has.
+    """
+    tensors = [(slot, split_name(canonical)[0]) for canonical, group in slots.items() for slot in group]
+    for kind in sorted(TYPES, key=lambda kind: kind != name):
+        if all(TYPES[kind].codec(slot.name, layer, config.layers) == slot.codec for slot, layer in tensors):
+            return FILE_TYPE[kind]
+    counts = Counter(slot.codec for slot, _ in tensors if "_exps.weight" in slot.name)
+    return FILE_TYPE.get(counts.most_common(1)[0][0], GUESSED)
 
 
-def _expert_codec(tensors: Sequence[Slot]) -> str:
-    """The codec that most experts' weights have: what a file's type is named after."""
-    counts = Counter(slot.codec for slot in tensors if "_exps.weight" in slot.name)
-    return counts.most_common(1)[0][0]
+def model_metadata(source: Source, kind: int) -> list[tuple[str, Value]]:
+    """The keys after the general ones: architecture and tokenizer. source: in the widths of the file."""
+    return [*_model(source.config, kind), *_tokenizer(source)]
 
 
-def _general(source: Source, tensors: Sequence[Slot], name: str | None) -> list[tuple[str, Value]]:
+def general_metadata(source: Source, slots: Mapping[str, list[Slot]], name: str | None) -> list[tuple[str, Value]]:
+    """general.name … of a model, which no width of a file changes. slots: in the model's own widths."""
     keys = [("general.architecture", string(ARCHITECTURE)), ("general.type", string("model"))]
     if name is not None and (not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in name)):
         raise UsageError("--name is not plain text", found=ascii(name), expected="a name without control characters")
@@ -234,19 +178,23 @@ def _general(source: Source, tensors: Sequence[Slot], name: str | None) -> list[
             "general.architecture", "general.type", "general.file_type", "general.quantization_version",
             "general.alignment",
         }  # fmt: skip
-        kept = {k: v for k, v in source.metadata.items() if k.startswith("general.") and k not in skipped}
+        kept = {
+            k: v
+            for k, v in source.metadata.items()
+            if k.startswith("general.") and k not in skipped and not is_own_description(k, v)
+        }
         if name is not None:
             named = {"general.name": string(name)}
             kept = {**kept, **named} if "general.name" in kept else {**named, **kept}
         return keys + list(kept.items())
     card = source.companions.get("README.md")
-    return keys + card_metadata(companion_bytes(card) if card else b"", name, source.config, _counts(tensors))
+    return keys + card_metadata(companion_bytes(card) if card else b"", name, source.config, _counts(slots))
 
 
-def _counts(tensors: Sequence[Slot]) -> tuple[int, int, int]:
+def _counts(slots: Mapping[str, list[Slot]]) -> tuple[int, int, int]:
     """Parameters outside the experts, of one expert of every layer, and experts: what a size label is made of."""
     shared = per_expert = experts = 0
-    for slot in tensors:
+    for slot in (slot for group in slots.values() for slot in group):
         size = int(np.prod(slot.shape, dtype=np.int64))
         if "_exps." in slot.name:
             experts = slot.shape[0]
@@ -256,7 +204,7 @@ def _counts(tensors: Sequence[Slot]) -> tuple[int, int, int]:
     return shared, per_expert, experts
 
 
-def _model(config: ModelConfig, experts: str) -> list[tuple[str, Value]]:
+def _model(config: ModelConfig, kind: int) -> list[tuple[str, Value]]:
     own: list[tuple[str, Value]] = [
         ("block_count", u32(config.layers)),
         ("context_length", u32(config.max_positions)),
@@ -281,7 +229,7 @@ def _model(config: ModelConfig, experts: str) -> list[tuple[str, Value]]:
     if config.sliding != default_sliding(config.layers):
         own.append(("attention.sliding_window_pattern", array(ValueType.BOOL, list(config.sliding))))
     keys = [(f"{ARCHITECTURE}.{key}", value) for key, value in own]
-    keys.append(("general.file_type", u32(FILE_TYPE.get(experts, GUESSED))))
+    keys.append(("general.file_type", u32(kind)))
     keys.append(("general.quantization_version", u32(QUANTIZATION_VERSION)))
     if config.truncate:  # llama.cpp always truncates YaRN's bounds; kept so that a way back exists
         keys.append((OWN_TRUNCATE, boolean(True)))

@@ -147,8 +147,8 @@ class PerExpert:
 
     @property
     def encoding(self) -> str:
-        """As the experts."""
-        return self.experts[0].encoding
+        """As the experts; float32 where they differ."""
+        return _common([view.encoding for view in self.experts])
 
     @property
     def stack(self) -> Stack:
@@ -157,7 +157,8 @@ class PerExpert:
 
     def read(self, expert: int, start: int, stop: int) -> Chunk:
         """See View."""
-        return self.experts[expert].read(0, start, stop)
+        chunk = self.experts[expert].read(0, start, stop)
+        return chunk if chunk.encoding == self.encoding else Rows("f32", encode_float(chunk.values(), "f32"))
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class RowPerExpert:
 
     @property
     def encoding(self) -> str:
-        """As the experts."""
-        return self.experts[0].encoding
+        """As the experts; float32 where they differ."""
+        return _common([view.encoding for view in self.experts])
 
     @property
     def stack(self) -> Stack:
@@ -178,8 +179,8 @@ class RowPerExpert:
 
     def read(self, expert: int, start: int, stop: int) -> Rows:
         """See View."""
-        rows = [view.read(0, 0, 1) for view in self.experts[start:stop]]
-        return Rows(self.encoding, np.concatenate([row.data for row in rows if isinstance(row, Rows)]))
+        values = np.concatenate([view.read(0, 0, 1).values() for view in self.experts[start:stop]])
+        return Rows(self.encoding, encode_float(values, self.encoding))
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,19 @@ class Rotated:
         return Rows(self.encoding, encode_float(values * np.float32(self.factor), self.encoding))
 
 
+def read_encoding(view: View) -> str:
+    """The encoding of what a view's reads give: `encoding`, but for views that decode what their file holds."""
+    return "f32" if getattr(view, "as_values", False) else view.encoding
+
+
+def held_encodings(view: View) -> frozenset[str]:
+    """The encodings that the values of a view are stored in; several where gate and up differ."""
+    if isinstance(view, Alternating):
+        return held_encodings(view.gate) | held_encodings(view.up)
+    base = getattr(view, "base", None)
+    return held_encodings(base) if base is not None and base.encoding == view.encoding else frozenset({view.encoding})
+
+
 def reads_whole(view: View) -> bool:
     """Whether every read of the view costs a whole matrix, however few rows are asked for."""
     base = getattr(view, "base", None)
@@ -309,6 +323,11 @@ def misfit(view: View) -> str | None:
 def _unequal(stacks: Sequence[Stack]) -> str | None:
     odd = next((stack for stack in stacks if stack != stacks[0]), None)
     return f"{list(stacks[0])} beside {list(odd)}" if odd is not None else None
+
+
+def _common(encodings: Sequence[str]) -> str:
+    """The one encoding of several views, or float32, which holds the values of all."""
+    return encodings[0] if len(set(encodings)) == 1 else "f32"
 
 
 def _divisible(encoding: str) -> str:

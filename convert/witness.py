@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.cut import Kept
 from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.errors import ProofFailed
 from gptoss_convert.formats.files import SourceFile
@@ -24,7 +26,7 @@ from gptoss_convert.formats.safetensors import read_header as read_safetensors
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.experts import F64, activation, product
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.witness import decode_ggml, decode_release
+from gptoss_convert.kernels.witness import decode_ggml, decode_packed, decode_release
 
 ROWS, READ_ROWS = 64, 1024
 SAMPLE = 2  # rows of each expert that are also decoded by the gguf package
@@ -60,11 +62,12 @@ class Expert:
     up_bias: F64
     down_bias: F64
 
-    def forward(self, probes: F32, limit: float) -> F64:
-        """probes f32 [P, D] → outputs f64 [P, D]."""
+    def forward(self, probes: F32, limit: float, keep: NDArray[np.bool_] | None = None) -> F64:
+        """probes f32 [P, D] → outputs f64 [P, D]. keep: of the F neurons those that are not dropped."""
         gate = self.gate(probes) + self.gate_bias
         up = self.up(probes) + self.up_bias
-        return self.down(activation(gate, up, limit).astype(np.float32)) + self.down_bias
+        inner = activation(gate, up, limit).astype(np.float32)
+        return self.down(inner if keep is None else inner * keep) + self.down_bias
 
 
 class Witness:
@@ -73,6 +76,7 @@ class Witness:
     def __init__(self, source: Source) -> None:
         self.config: ModelConfig = source.wide or source.config
         self._true_hidden = source.config.hidden
+        self._kept = source.kept
         self.layout = source.layout
         self._meaning = source.gate_meaning
         self.unchecked: set[str] = set()  # codecs that only our own decoder reads
@@ -80,11 +84,20 @@ class Witness:
         self._end = source.files[-1].size
         self._file = source.files[-1]
 
-    def forward(self, layer: int, expert: int, probes: F32, limit: float) -> F64:
-        """One expert's output on probes f32 [P, D] → f64 [P, D]. A wide file gets zeros beyond D, and must give zeros there."""
+    def forward(
+        self, layer: int, expert: int, probes: F32, limit: float, kept: Mapping[int, Kept] | None = None
+    ) -> F64:
+        """One expert's output on probes f32 [P, D] → f64 [P, D]. A wide file gets zeros beyond D, and must give zeros there.
+
+        kept: the neurons of a file that was cut from this one; the others are left out.
+        """
+        keep = None
+        if kept is not None:
+            own = np.arange(self.config.intermediate) if self._kept is None else self._kept[layer][expert]
+            keep = np.isin(own, kept[layer][expert])
         given = np.zeros((len(probes), self.config.hidden), np.float32)
         given[:, : self._true_hidden] = probes
-        output = self.expert(layer, expert).forward(given, limit)
+        output = self.expert(layer, expert).forward(given, limit, keep)
         beyond = output[:, self._true_hidden :]
         if beyond.any():
             output[:, : self._true_hidden] = np.nan  # what reaches the widened stream spoils every later norm
@@ -105,6 +118,9 @@ class Witness:
         if self.layout is Layout.HF:
             names = [stem + "gate_up_proj", stem + "down_proj"]
             return self._packed(names, [name + "_bias" for name in names], "_", expert)
+        if self.layout is Layout.COMPRESSED:
+            packed = f"{stem}{expert}.w13_weight_packed" in self._raw
+            return self._streamed(stem, expert) if packed else self._fused_int8(stem, expert)
         if self.layout is Layout.LINEARISED:
             return self._linearised(stem, expert)
         if self.layout is Layout.PER_EXPERT:
@@ -193,11 +209,7 @@ class Witness:
         """transformers: x @ gate_up_proj[e] with [in, out]; gate = [..., 0::2], up = [..., 1::2]; then @ down_proj[e]."""
         gate_up = _once(self._right_product(self._raw[f"{stem}gate_up_proj{suffix}"], expert))
         down = self._right_product(self._raw[f"{stem}down_proj{suffix}"], expert)
-        bias, down_bias = (self._vector(f"{stem}{name}_bias", expert) for name in ("gate_up_proj", "down_proj"))
-        return Expert(
-            gate=lambda x: gate_up(x)[:, 0::2], up=lambda x: gate_up(x)[:, 1::2], down=down,
-            gate_bias=bias[0::2], up_bias=bias[1::2], down_bias=down_bias,
-        )  # fmt: skip
+        return self._alternating(stem, expert, gate_up, down)
 
     @staticmethod
     def _right_product(raw: Raw, expert: int) -> Matrix:
@@ -213,6 +225,48 @@ class Witness:
             return total
 
         return multiply
+
+    def _streamed(self, stem: str, expert: int) -> Expert:
+        """vLLM: w13 [2F, D] with gate and up rows alternating, w2 [D, F]; the biases fused as in transformers."""
+        gate_up, down = (self._packed_integers(f"{stem}{expert}.{name}_weight_") for name in ("w13", "w2"))
+        return self._alternating(stem, expert, _once(gate_up), down)
+
+    def _packed_integers(self, name: str) -> Matrix:
+        words, scales = self._raw[name + "packed"], self._raw[name + "scale"]
+        out, count = words.shape
+        groups = scales.shape[1]
+
+        def fetch(first: int, rows: int) -> tuple[U8, ...]:
+            return words.rows(first, rows, 4 * count), scales.rows(first, rows, 2 * groups)
+
+        return _product_of(fetch, lambda w, s: decode_packed(w, s, count // groups), out)
+
+    def _fused_int8(self, stem: str, expert: int) -> Expert:
+        """vLLM: x @ codes[e] with [in, out], each output then times its scale."""
+
+        def matrix(name: str) -> Matrix:
+            codes, scales = self._raw[stem + name], self._raw[f"{stem}{name}.weight_scale"]
+            _, into, out = codes.shape
+            scale = _numbers(scales, expert * out, out)
+
+            def multiply(x: F32) -> F64:
+                total = np.zeros((len(x), out))
+                for first in range(0, into, ROWS):
+                    count = min(ROWS, into - first)
+                    q = codes.rows(expert * into + first, count, out).view(np.int8)
+                    total += x[:, first : first + count].astype(np.float64) @ q.astype(np.float64)
+                return total * scale
+
+            return multiply
+
+        return self._alternating(stem, expert, _once(matrix("gate_up_proj")), matrix("down_proj"))
+
+    def _alternating(self, stem: str, expert: int, gate_up: Matrix, down: Matrix) -> Expert:
+        bias, down_bias = (self._vector(f"{stem}{name}_bias", expert) for name in ("gate_up_proj", "down_proj"))
+        return Expert(
+            gate=lambda x: gate_up(x)[:, 0::2], up=lambda x: gate_up(x)[:, 1::2], down=down,
+            gate_bias=bias[0::2], up_bias=bias[1::2], down_bias=down_bias,
+        )  # fmt: skip
 
     def _linearised(self, stem: str, expert: int) -> Expert:
         """nn.Linear of the fused rows: [out, in], alternating."""

@@ -64,8 +64,7 @@ class Rows:
     @property
     def shape(self) -> tuple[int, int]:
         """(R, C)."""
-        codec = CODECS[self.encoding]
-        return self.data.shape[0], self.data.shape[1] // codec.block_bytes * codec.block
+        return self.data.shape[0], CODECS[self.encoding].columns(self.data.shape[1])
 
     def select(self, rows: slice | NDArray[np.intp]) -> Rows:
         """The rows named, in that order."""

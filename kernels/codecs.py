@@ -1,7 +1,8 @@
 """The codecs by name: how many bytes a row takes, rows of bytes → values, and values → rows where the codec rounds.
 
 A *row codec* stores each row of a matrix by itself, so any range of rows can be read, permuted or written alone. The ids
-are ggml's. MXFP4 here is ggml's block order; the release's two-tensor order is `Mxfp4` in `kernels.chunks`.
+are ggml's; what is not ggml's (`int_rows`) has NOT_GGML and cannot stand in a GGUF. MXFP4 here is ggml's block order; the
+release's two-tensor order is `Mxfp4` in `kernels.chunks`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_convert.kernels import iq2, iq3, iq4, k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
+from gptoss_convert.kernels import int_rows, iq2, iq3, iq4, k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
 from gptoss_convert.kernels.floats import F32, U8, bf16_to_f32, f32_to_bf16
+
+NOT_GGML = -1
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A row codec. `fields`: the bytes of one block, part by part; `block`: the values it holds.
+    """A row codec. `fields`: the bytes of one block, part by part; `block`: the values it holds; `head`: bytes before a
+    row's first block.
 
     `encode`: values f32 [R, C] and the importance of their columns, f32 [C] or None, → rows; ValueError where a value is
     beyond the codec's range.
@@ -29,6 +33,7 @@ class Codec:
     fields: tuple[int, ...]
     decode: Callable[[U8], F32]
     encode: Callable[[F32, F32 | None], U8] | None = None
+    head: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -41,7 +46,11 @@ class Codec:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row; `columns` must fit."""
-        return columns // self.block * self.block_bytes
+        return self.head + columns // self.block * self.block_bytes
+
+    def columns(self, row_bytes: int) -> int:
+        """Values of a row of that many bytes."""
+        return (row_bytes - self.head) // self.block_bytes * self.block
 
 
 def _decode_f32(rows: U8) -> F32:
@@ -90,9 +99,16 @@ CODECS: dict[str, Codec] = {
         Codec("mxfp4", 39, 32, (1, 16), _decode_mxfp4, _encode_mxfp4),
         Codec("nvfp4", 40, 64, (4, 32), nvfp4.nvfp4_decode, nvfp4.nvfp4_encode),
         Codec("q2_0", 42, 64, (2, 16), q2_0.q2_0_decode, q2_0.q2_0_encode),
+        Codec("int4_g32", NOT_GGML, 32, int_rows.INT4_G32, int_rows.int4_g32_decode, int_rows.int4_g32_encode),
+        Codec("int8_g32", NOT_GGML, 32, int_rows.INT8_G32, int_rows.int8_g32_decode, int_rows.int8_g32_encode),
+        Codec(
+            "int8_channel", NOT_GGML, 1, (1,), int_rows.int8_channel_decode, int_rows.int8_channel_encode,
+            head=int_rows.CHANNEL_SCALE,
+        ),
+        Codec("int8", NOT_GGML, 1, (1,), int_rows.int8_decode),
     )
-}
-BY_GGML_ID: dict[int, Codec] = {codec.ggml_id: codec for codec in CODECS.values()}
+}  # fmt: skip
+BY_GGML_ID: dict[int, Codec] = {codec.ggml_id: codec for codec in CODECS.values() if codec.ggml_id != NOT_GGML}
 FLOATS = ("bf16", "f16", "f32")
 
 

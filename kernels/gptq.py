@@ -103,8 +103,8 @@ def _importance(factor: Factor) -> F32:
     weight = np.zeros(len(factor.order), np.float32)
     weight[factor.order] = 1 / factor.u.diagonal() ** 2
     weight[~factor.live] = 0
-    scale = weight[factor.live].mean()
-    return (weight / scale).astype(np.float32)
+    weight /= weight[factor.live].mean()
+    return weight
 
 
 def _grid(codec: str) -> Grid:

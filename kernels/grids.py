@@ -39,7 +39,7 @@ class Grid:
     @property
     def block(self) -> int:
         """Values of a block."""
-        return self.bits.shape[0]
+        return int(self.bits.shape[0])
 
     @property
     def ends(self) -> tuple[int, int]:

@@ -95,3 +95,14 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     """[N, 2F], gate and up alternating, → [N, F]: gate σ(1.702 gate) (up + 1), gate at most `limit`, |up| at most `limit`."""
     gate, up = gate_up[..., 0::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(ALPHA * gate) * (up + 1)
+
+
+def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks uint8 [R, G, 16] and scales uint8 [R, G], release order, → f32 [R, 32 G]; equal to kernels.mxfp4.decode."""
+    table = torch.tensor(_E2M1, dtype=torch.float32, device=blocks.device)
+    pairs = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1)
+    bits = torch.where(scales == 0, 0x00400000, scales.int() << 23)  # 2^(scale − 127); 2^-127 itself is subnormal
+    return (pairs.flatten(-2) * bits.view(torch.float32)[..., None]).flatten(-2)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -5,7 +5,9 @@
 
 Scales are positive: codes 1 to 7 are multiples of 2^-9, 8 to 126 are (1 + mantissa/8) · 2^(exponent − 7) up to 448; 0 and
 127 (NaN by OCP) decode to zero as in ggml, which ignores bit 7. A tensor's values divided by `tensor_scale` use the whole
-range of scales; without one the weights of a language model fall among the coarse small scales.
+range of scales; without one the weights of a language model fall among the coarse small scales, and blocks below 2^-12 become
+zeros. Where llama.cpp's graph of an architecture multiplies no tensor scale in, as gpt-oss's does not, there is no way out:
+`quant.encode` refuses what cannot be held.
 
 The encoder tries, for each part, the E4M3 scales from just under amax/6 to past amax/4 and keeps the one that loses least
 (Σ w (x − decoded)²). MXFP4-valued parts come back exactly where their power of two is an E4M3 scale: amax is then 4·2^k or

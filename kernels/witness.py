@@ -6,6 +6,7 @@ Each follows the words of its format and shares no table, no helper and no loop 
     ggml     17 bytes: scale, then byte j: element j in the low four bits, j+16 in the high four
     E2M1     bit 3 sign, bits 2-1 exponent e, bit 0 mantissa m: e = 0: m/2, else 2^(e−1)·(1 + m/2)
     E8M0     2^(byte − 127)
+    packed   int32 words, element i of a row in bits b·i … b·i + b − 1 of the row's bits, lowest first, plus 2^(b−1)
 """
 
 from __future__ import annotations
@@ -67,4 +68,26 @@ def decode_ggml(rows: U8) -> F32:
     """rows uint8 [R, 17 · blocks] → f32 [R, C]."""
     out = np.empty((rows.shape[0], rows.shape[1] // 17 * 32), np.float32)
     _ggml(rows, _POWER, _VALUE, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _packed(words: Any, scales: Any, bits: Any, out: Any) -> None:
+    per_word = 32 // bits
+    mask, zero = (1 << bits) - 1, 1 << (bits - 1)
+    for row in range(words.shape[0]):
+        for word in range(words.shape[1]):
+            rest = np.int64(words[row, word])
+            for i in range(per_word):
+                column = per_word * word + i
+                out[row, column] = np.float32((rest & mask) - zero) * scales[row, column // 32]
+                rest >>= bits
+
+
+def decode_packed(words: U8, scales: U8, bits: int) -> F32:
+    """words uint8 [R, bytes of a row], scales uint8 [R, 2 · groups of 32], bfloat16 → f32 [R, C]."""
+    uppers = np.zeros((scales.shape[0], scales.shape[1] // 2, 2), "<u2")
+    uppers[..., 1] = np.ascontiguousarray(scales).view("<u2")  # a bfloat16 is a float32 without its lower half
+    out = np.empty((words.shape[0], words.shape[1] * 8 // bits), np.float32)
+    _packed(np.ascontiguousarray(words).view("<u4"), uppers.reshape(len(scales), -1).view("<f4"), bits, out)
     return out

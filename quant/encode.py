@@ -1,10 +1,15 @@
 """A chunk → the bytes of a row codec, exactly where it can be done exactly, by a named rule where it is rounded.
 
-    from \\ to       mxfp4             q8_0, q5_0               bf16, f16, f32               every other codec
+    from \\ to       mxfp4             q8_0, q5_0, nvfp4,       bf16, f16, f32               every other codec
+                                      int8_g32
     the same        the bits          the bits                 the bits                     the bits
     mxfp4           bits moved        transcoded, exact        decoded, rounded to even     its encoder
     floats, q…      its encoder       its encoder, which is    rounded to even              its encoder
                                       exact on MXFP4 values
+
+NVFP4's scales reach from 2^-9 to 448, and llama.cpp's graph of gpt-oss reads no scale of a whole tensor beside them (it loads one
+and leaves it out). An MXFP4 block outside that range is refused, as by the others; so are values of other sources that are so
+small that NVFP4 would lose more of them than rounding to four bits ever does.
 
 An encoder takes the importance of the columns: padding of a widened model has none, so it cannot cost the model's own values
 any precision. No case falls back to another codec: what cannot be done is Refused with the tensor and the place.
@@ -17,20 +22,21 @@ from collections.abc import Callable
 import numpy as np
 
 from gptoss_convert.errors import Refused
-from gptoss_convert.kernels import mxfp4, q_blocks
+from gptoss_convert.kernels import int_rows, mxfp4, nvfp4, q_blocks
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
 from gptoss_convert.kernels.floats import F32, U8, first_nonfinite
 
 EXPERT_CODECS = ("mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32")
 DENSE_CODECS = ("bf16", "f16", "f32", "q8_0")
+NVFP4_LOSES_AT_MOST = 0.3  # relative, of some rows; rounding to four bits with fitting scales costs a third of that
 
 
 def fate(source: str, target: str) -> str:
     """What happens to a tensor's values on the way from one encoding to another, in a few words; for plans."""
     if source == target:
         return "bits kept"
-    if source == "mxfp4" and target in ("q8_0", "q5_0"):
+    if source == "mxfp4" and target in ("q8_0", "q5_0", "nvfp4", "int8_g32"):
         return "transcoded exactly"
     widening = {("bf16", "f32"), ("f16", "f32"), ("mxfp4", "f32"), ("mxfp4", "bf16"), ("q8_0", "f32"), ("q5_0", "f32")}
     return "widened exactly" if (source, target) in widening else f"rounded to {target}"
@@ -53,10 +59,17 @@ def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0, importance
             return mxfp4.to_ggml(chunk.blocks, chunk.scales)
         if codec in ("q8_0", "q5_0"):
             return _transcode(chunk, codec, tensor, first_row)
-    return _by_rows(chunk, lambda values, row: _encode_values(values, codec, tensor, first_row + row, importance))
+        if codec == "int8_g32":
+            return int_rows.int8_g32_from_mxfp4(chunk.blocks, chunk.scales)
+        if codec == "nvfp4":
+            return _transcode_nvfp4(chunk, tensor, first_row, importance)
+    data = _by_rows(chunk, lambda values, row: _encode_values(values, codec, tensor, first_row + row, importance))
+    if codec == "nvfp4":
+        _refuse_faint(chunk, data, tensor, first_row)
+    return data
 
 
-def encode_packed(chunk: Chunk) -> Mxfp4:
+def encode_packed(chunk: Chunk, importance: F32 | None = None) -> Mxfp4:
     """A chunk → MXFP4 in release order: as it is, or encoded (`mxfp4.encode`), which keeps MXFP4-valued blocks exactly."""
     if isinstance(chunk, Mxfp4):
         return chunk
@@ -65,7 +78,7 @@ def encode_packed(chunk: Chunk) -> Mxfp4:
     scales = np.empty((rows, columns // mxfp4.BLOCK), np.uint8)
     for start in range(0, rows, ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        blocks[part], scales[part] = mxfp4.encode(chunk.select(part).values())
+        blocks[part], scales[part] = mxfp4.encode(chunk.select(part).values(), importance)
     return Mxfp4(blocks, scales)
 
 
@@ -93,6 +106,49 @@ def _transcode(chunk: Mxfp4, codec: str, tensor: str, first_row: int) -> U8:
     return data
 
 
+def _transcode_nvfp4(chunk: Mxfp4, tensor: str, first_row: int, importance: F32 | None) -> U8:
+    """Exact by nvfp4's own encoder, which tries a scale that holds the block wherever there is one."""
+    data = np.empty((chunk.shape[0], CODECS["nvfp4"].row_bytes(chunk.shape[1])), np.uint8)
+    for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        values = chunk.select(part).values()
+        held = np.abs(values) <= nvfp4.LARGEST
+        if held.all():
+            data[part] = nvfp4.nvfp4_encode(values, importance)
+            held = nvfp4.nvfp4_decode(data[part]) == values
+        if not held.all():
+            row, column = (int(i) for i in np.argwhere(~held)[0])
+            exponent = int(chunk.scales[start + row, column // mxfp4.BLOCK]) - 127
+            side = "below" if exponent < 0 else "above"
+            raise Refused(
+                f"a block's scale is {side} what NVFP4 holds without a scale of the whole tensor, "
+                "which llama.cpp's gpt-oss does not read",
+                tensor=tensor,
+                found=f"scale 2^{exponent} at row {first_row + start + row}, column {column // mxfp4.BLOCK * mxfp4.BLOCK}",
+                expected="scales from 2^-9 to 2^8, or codes that such a scale can hold",
+                remedy="keep the experts as mxfp4",
+            )
+    return data
+
+
+def _refuse_faint(chunk: Chunk, data: U8, tensor: str, first_row: int) -> None:
+    """Refuse rows that lost too much in NVFP4, which only values below its scales do."""
+    error = total = 0.0
+    for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        values = chunk.select(part).values()
+        error += float(np.square(nvfp4.nvfp4_decode(data[part]) - values, dtype=np.float64).sum())
+        total += float(np.square(values, dtype=np.float64).sum())
+    if error > NVFP4_LOSES_AT_MOST**2 * total:
+        raise Refused(
+            "the values are too small for NVFP4 without a scale of the whole tensor, which llama.cpp's gpt-oss does not read",
+            tensor=tensor,
+            found=f"a relative error of {(error / total) ** 0.5:.2g} in the {chunk.shape[0]} rows from row {first_row}",
+            expected=f"at most {NVFP4_LOSES_AT_MOST}; the smallest scale is 2^-9",
+            remedy="choose mxfp4, q8_0 or bf16 for this tensor",
+        )
+
+
 def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F32 | None) -> U8:
     if codec in FLOATS:
         return _round_float(values, codec, tensor, row)
@@ -104,7 +160,7 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F
     except ValueError as error:
         r, c = divmod(int(np.abs(values).argmax()), values.shape[1])
         raise Refused(
-            f"a value is too large for {codec}, whose scales are float16", tensor=tensor,
+            f"a value is too large for {codec}, whose scales are {'E4M3' if codec == 'nvfp4' else 'float16'}", tensor=tensor,
             found=f"{values[r, c]:g} at row {row + r}, column {c}", remedy="choose mxfp4, bf16 or f32 for this tensor",
         ) from error  # fmt: skip
 

@@ -22,6 +22,7 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / FOLDERS.get(package, package.replace(".", "/"))).glob("*.py"))
 }
+DATA = ROOT / "gptoss_convert/data"
 MAX_LINES = 400
 
 # What each layer may import of the others; `base` is errors, config and the package itself.
@@ -42,6 +43,14 @@ OUTSIDE = {
     "kernels": {"numpy", "numba", "gguf"},  # of gguf the tables of its i-quants
     "base": set(),
 }
+# What runs the model, an extra: nothing that only converts may need torch.
+WITH_TORCH = {
+    f"gptoss_convert.{name}"
+    for name in (
+        "kernels.layer", "kernels.gptq", "quant.shrinkage", "convert.forward", "convert.calibrate", "convert.calibration",
+        "convert.rounding", "convert.compare",
+    )
+}  # fmt: skip
 
 
 def layer_of(module: str) -> str:
@@ -70,7 +79,14 @@ def test_imports_point_one_way(module: str) -> None:
         if name.split(".")[0] == "gptoss_convert":
             assert layer_of(name) in MAY_IMPORT[layer], f"{module} imports {name}"
         elif name.split(".")[0] not in sys.stdlib_module_names:
-            assert name.split(".")[0] in OUTSIDE[layer], f"{module} imports {name}"
+            allowed = OUTSIDE[layer] | ({"torch"} if module in WITH_TORCH else set())
+            assert name.split(".")[0] in allowed, f"{module} imports {name}"
+
+
+def test_converting_needs_no_torch() -> None:
+    modules = "gptoss_convert.cli.convert, gptoss_convert.convert.conversion, gptoss_convert.convert.calibration"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_only_the_command_line_prints() -> None:
@@ -89,10 +105,12 @@ def test_no_module_opens_pickles_or_maps_files() -> None:
             "marshal",
             "shelve",
             "mmap",
-            "torch",
             "safetensors",
         }
         assert not found, f"{module} imports {found}"
+        if module in WITH_TORCH:
+            calls = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+            assert not calls & {"load", "jit", "hub", "from_file"}, f"{module} lets torch read a file"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -108,7 +126,8 @@ def test_each_module_says_what_it_is(module: str) -> None:
 def test_every_python_file_of_the_product_belongs_to_a_package() -> None:
     packaged = set(MODULES.values())
     for folder in {path.parent for path in packaged}:
-        assert {path for path in folder.rglob("*.py") if "__pycache__" not in path.parts} <= packaged
+        found = {path for path in folder.rglob("*.py") if "__pycache__" not in path.parts}
+        assert {path for path in found if path.parent != DATA} <= packaged  # what lies there is written, never imported
 
 
 @pytest.mark.slow
@@ -135,7 +154,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(tmp_path: 
         (module if suffix[path] == "__init__.py" else module.rpartition(".")[0]).replace(".", "/") + "/" + suffix[path]
         for module, path in MODULES.items()
     }
-    data = {f"gptoss_convert/data/{path.name}" for path in (ROOT / "gptoss_convert/data").glob("*.json")}
+    data = {f"gptoss_convert/data/{path.name}" for path in DATA.iterdir() if path.is_file()}
     assert data
     assert found == expected | data | {"gptoss_convert/py.typed"}
 

@@ -23,7 +23,9 @@ VERBS = {
     "verify": "every file's SHA-256 against the official digests, a list or a manifest; offline",
     "fetch": "download a pinned revision, then verify every byte",
     "plan": "forecast: the size of every type of GGUF, to the byte, from headers alone",
+    "calibrate": "one streamed pass of text → the statistics of every expert's inputs (an imatrix)",
     "convert": "source → GGUF, HF, original or bf16, proved equal to the source",
+    "compare": "how far an artifact is from its source: per tensor, per expert, in KL divergence",
 }
 
 

@@ -33,7 +33,7 @@ class Size(click.ParamType[int]):
         return count
 
 
-class Widen(click.ParamType):
+class Widen(click.ParamType[str]):
     """How wide the model becomes."""
 
     name = "auto|none|cut|WIDTHxWIDTH"
@@ -48,7 +48,12 @@ class Widen(click.ParamType):
 @click.command()
 @click.argument("src")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=click.Choice(["gguf", "hf", "original", "bf16"]), help="What to write.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32"]),
+    help="What to write. int4, int8 and int8-g32: integers for vLLM, see the README.md that lies in the output.",
+)
 @click.option(
     "--experts",
     default="auto",
@@ -88,6 +93,20 @@ class Widen(click.ParamType):
 @click.option("--dry-run", is_flag=True, help="Print the plan: sizes, memory, every tensor's fate. Writes nothing.")
 @click.option("--no-proof", is_flag=True, help="Do not read the output back and compare it with the source.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option(
+    "--method",
+    default="round",
+    type=click.Choice(["round", "importance", "gptq"]),
+    help="How values are rounded: each alone, by how much its column matters, or column after column (GPTQ).",
+)
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help='For the last two: TEXT.txt, CONVERSATIONS.jsonl, "default", or (importance only) a file made by calibrate.',
+)
+@click.option("--device", default="cpu", help="Where calibration computes: cpu, cuda.")
+@click.option("--context", type=click.IntRange(2, 1 << 17), default=2048, help="Tokens of a calibration sequence.")
+@click.option("--tokens", type=click.IntRange(2), default=131072, help="Calibration tokens at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
     src: str,
@@ -108,6 +127,11 @@ def command(
     dry_run: bool,
     no_proof: bool,
     overwrite: bool,
+    method: str,
+    calibration: str | None,
+    device: str,
+    context: int,
+    tokens: int,
     as_json: bool,
 ) -> None:
     """Convert SRC into OUT, and prove that OUT computes what SRC computes.
@@ -118,6 +142,7 @@ def command(
     taken up by running the same command again.
     """
     from gptoss_convert.convert import conversion
+    from gptoss_convert.convert.calibration import Wish
     from gptoss_convert.convert.resolve import resolve_source
 
     path = resolve_source(src, progress)
@@ -138,11 +163,10 @@ def command(
         tokenizer=tokenizer,
         gate_proj=gate_proj,
         overwrite=overwrite,
+        rounding=Wish(method, calibration, device, context, tokens),
     )
     if dry_run:
-        with conversion.open_for(path, options) as source:
-            plan = conversion.make_plan(source, out, options)
-            forecast = conversion.forecast(source, plan, options)
+        forecast = conversion.foresee(path, out, options)
         emit(forecast, as_json, lambda console: _show_plan(console, forecast))
         return
 
@@ -167,6 +191,19 @@ def _show_plan(console: Console, forecast: dict[str, Any]) -> None:
     console.print(f"peak memory at most {human_bytes(forecast['peak_memory_bytes'])}, {forecast['threads']} threads")
     for note in [*forecast["source"]["notes"], *forecast["source"]["losses"], *forecast["notes"]]:
         console.print(f"note: {note}", markup=False)
+    for loss in forecast["losses"]:
+        console.print(f"lost: {loss}", markup=False)
+
+
+def _base_lines(blocks: dict[str, int]) -> list[str]:
+    """What --base did, block by block."""
+    return [
+        f"base     of {blocks['blocks']:,} blocks the fine-tune left {blocks['unchanged']:,} unchanged: "
+        "all of them keep the release's bytes",
+        f"         {blocks['changed']:,} it changed: {blocks['changed_and_exact']:,} are held exactly, "
+        f"{blocks['changed_and_rounded_to_the_release']:,} round to the release's values and take its bytes, "
+        f"{blocks['changed_and_rounded_elsewhere']:,} round to others",
+    ]
 
 
 def _show_outcome(console: Console, outcome: Outcome) -> None:
@@ -193,10 +230,8 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
     if proof.unchecked:
         console.print(f"         no second decoder was at hand for: {', '.join(proof.unchecked)}")
     if base := document.get("base"):
-        console.print(
-            f"base     {base['kept']:,} of {base['blocks']:,} blocks keep the release's bytes, "
-            f"{base['exact']:,} changed exactly, {base['rounded']:,} changed and rounded"
-        )
+        for line in _base_lines(base["blocks"]):
+            console.print(line)
     for line in document["lost"]:
         console.print(f"lost     {line}", markup=False)
     if not document["lost"]:

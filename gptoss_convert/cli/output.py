@@ -55,6 +55,14 @@ def _print_document(document: Mapping[str, object]) -> None:
     print(text)
 
 
+LAYERWISE = ("calibrate", "gptq", "compare")  # labels of work that is counted in layers, not in bytes
+
+
+def human_amount(label: str, count: float) -> str:
+    """How much of some work is done, in its unit."""
+    return f"{count:.0f} layers" if label in LAYERWISE else human_bytes(count)
+
+
 def human_bytes(count: float) -> str:
     """A size for people, in decimal units: 12.1 GB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -77,9 +85,18 @@ def progress(label: str, total_bytes: int, enabled: bool = True) -> Iterator[Adv
 
 def _bar(label: str, total_bytes: int) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    amount = (MofNCompleteColumn(),) if label in LAYERWISE else (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount)
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total_bytes)
         yield lambda count: bar.advance(task, count)
@@ -97,6 +114,7 @@ def _lines(label: str, total_bytes: int) -> Advance:
             if time.monotonic() >= next_line:
                 next_line = time.monotonic() + PLAIN_LINE_SECONDS
                 share = 100 * done / total_bytes if total_bytes else 100.0
-                print(f"{label}: {human_bytes(done)} of {human_bytes(total_bytes)} ({share:.0f} %)", file=sys.stderr)
+                amount = f"{human_amount(label, done)} of {human_amount(label, total_bytes)}"
+                print(f"{label}: {amount} ({share:.0f} %)", file=sys.stderr)
 
     return advance

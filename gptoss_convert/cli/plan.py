@@ -26,7 +26,7 @@ def command(src: str, tokenizer: Path | None, fits: str | None, as_json: bool) -
     """Forecast the size of SRC as each type of GGUF, to the byte, from headers alone.
 
     "widened" types have blocks of 256, which gpt-oss's rows do not divide into: the model is widened by zeros, computes the same
-    function, and needs no special runtime. Types that make no sense for SRC are listed with the reason.
+    function, and needs no special runtime. Types that make no sense for SRC, or cannot be made of it, are listed with the reason.
     """
     from gptoss_convert.cli.convert import Size
     from gptoss_convert.convert.forecast import Forecaster
@@ -37,7 +37,7 @@ def command(src: str, tokenizer: Path | None, fits: str | None, as_json: bool) -
     with open_source(resolve_source(src, progress), tokenizer=tokenizer) as source:
         source.require_sound()
         forecaster = Forecaster(source)
-        rows = [f for f in forecaster.every_type() if limit is None or f.bytes <= limit]
+        rows = [f for f in forecaster.every_type() if limit is None or (f.bytes is not None and f.bytes <= limit)]
         lossless = forecaster.lossless_bytes
         parameters = source.config.parameters
     document = {"lossless_bytes": lossless, "parameters": parameters, "types": [row.as_dict() for row in rows]}
@@ -49,6 +49,9 @@ def _show(console: Console, rows: list[Forecast], lossless: int | None) -> None:
 
     table = Table("type", "bytes", "", "bits a weight", "experts", "", box=None, header_style="bold")
     for row in rows:
+        if row.bytes is None:
+            table.add_row(row.type, "", "", "", "", f"impossible: {row.impossible}", style="dim")
+            continue
         wide = f"widened to {row.widened.hidden}/{row.widened.intermediate}" if row.widened else ""
         remark = f"no: {row.senseless}" if row.senseless else wide
         table.add_row(

@@ -16,8 +16,10 @@ from support.tokenizer import small_tokenizer
 
 from gptoss_convert.cli.plan import command
 from gptoss_convert.convert.conversion import Options, convert
+from gptoss_convert.convert.cut import first_ones
 from gptoss_convert.convert.forecast import Forecaster
 from gptoss_convert.convert.source import open_source
+from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.errors import Refused
 from gptoss_convert.quant.recipe import TYPES
 
@@ -87,10 +89,97 @@ def test_bits_spent_on_packed_experts_for_nothing_are_refused_with_the_arithmeti
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bf16_fine_tune_may_become_any_type(tmp_path: Path) -> None:
+def test_a_bf16_fine_tune_may_become_any_type_but_f32(tmp_path: Path) -> None:
     write_bf16(Model(SPEC), tmp_path / "source", rope="parameters", with_dtype=True)
     with open_source(tmp_path / "source") as source:
-        assert not [f.type for f in Forecaster(source).every_type() if f.senseless]
+        senseless = {f.type: f.senseless for f in Forecaster(source).every_type() if f.senseless}
+    assert list(senseless) == ["f32"]
+    assert "f32 spends 32 bits a weight on experts that hold 16" in str(senseless["f32"])
+    with pytest.raises(Refused, match="makes no sense"):
+        convert(tmp_path / "source", tmp_path / "x.gguf", Options(to="gguf", type="f32"), silent)
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"), [("q8_0", "f16"), ("q8_0", "bf16"), ("f16", "f32"), ("q3_k_s", "q8_0"), ("q3_k_s", "q3_k_m")]
+)
+def test_no_source_is_given_more_bits_than_it_holds(release: Path, tmp_path: Path, held: str, asked: str) -> None:
+    convert(release, tmp_path / "in.gguf", Options(to="gguf", type=held, allow_larger=True, proof=False), silent)
+    with pytest.raises(Refused, match="makes no sense") as error:
+        convert(tmp_path / "in.gguf", tmp_path / "x.gguf", Options(to="gguf", type=asked), silent)
+    assert "bits a weight on experts that hold" in str(error.value.found)
+    larger = Options(to="gguf", type=asked, allow_larger=True)
+    convert(tmp_path / "in.gguf", tmp_path / "x.gguf", larger, silent)
+
+
+@pytest.mark.parametrize("experts", ["f32", "bf16", "q8_0"])
+def test_nor_by_the_name_of_a_codec_where_it_is_quantized_already(release: Path, tmp_path: Path, experts: str) -> None:
+    convert(release, tmp_path / "in.gguf", Options(to="gguf", type="q3_k_s", allow_larger=True, proof=False), silent)
+    with pytest.raises(Refused, match="makes no sense"):
+        convert(tmp_path / "in.gguf", tmp_path / "x.gguf", Options(to="gguf", experts=experts), silent)
+
+
+@pytest.mark.parametrize("experts", ["f32", "bf16", "q8_0"])
+def test_mxfp4_experts_get_the_codec_that_is_named_with_the_arithmetic(
+    release: Path, tmp_path: Path, experts: str
+) -> None:
+    outcome = convert(release, tmp_path / "x.gguf", Options(to="gguf", experts=experts), silent)
+    (note,) = outcome.plan.notes
+    assert f"{experts} spends" in note
+    assert "on experts that hold 4.25" in note
+
+
+def test_floats_get_the_codec_that_is_named(tmp_path: Path) -> None:
+    write_bf16(Model(SPEC), tmp_path / "source", rope="parameters", with_dtype=True)
+    outcome = convert(tmp_path / "source", tmp_path / "x.gguf", Options(to="gguf", experts="f32"), silent)
+    assert outcome.plan.notes == []
+    assert outcome.proof is not None
+    assert outcome.proof.lossless
+
+
+def test_a_cut_file_is_judged_by_its_own_size(release: Path, tmp_path: Path) -> None:
+    with open_source(release) as source:
+        forecaster = Forecaster(source)
+        wide, cut = (forecaster.of(TYPES["q3_k_s"], mode) for mode in ("auto", "cut"))
+        assert "more than" in str(wide.senseless)
+        assert cut.senseless is None
+    convert(release, tmp_path / "x.gguf", Options(to="gguf", type="q3_k_s", widen="cut"), silent)
+    assert (tmp_path / "x.gguf").stat().st_size == cut.bytes
+    with pytest.raises(Refused, match="makes no sense"):
+        convert(release, tmp_path / "y.gguf", Options(to="gguf", type="q3_k_s"), silent)
+
+
+def test_types_that_cannot_be_made_are_listed_without_a_size_and_with_the_reason(tmp_path: Path) -> None:
+    write_hf(Model(STEADY), tmp_path / "in")  # 6 heads of 64: rows of 384 columns
+    document = json.loads(CliRunner().invoke(command, [str(tmp_path / "in"), "--json"]).output)
+    rows = {row["type"]: row for row in document["types"]}
+    assert rows["q8_0"]["impossible"] is None
+    for name in ("q6_k", "q3_k_m", "iq2_xxs"):
+        assert rows[name]["bytes"] is None
+        assert "blk.0.attn_output.weight: 384 columns" in rows[name]["impossible"]
+        with pytest.raises(Refused, match="do not divide"):
+            convert(tmp_path / "in", tmp_path / "x.gguf", Options(to="gguf", type=name, allow_larger=True), silent)
+    table = CliRunner().invoke(command, [str(tmp_path / "in")], env={"COLUMNS": "300"}).output
+    assert "impossible: the codec's blocks do not divide" in table
+    fitting = json.loads(CliRunner().invoke(command, [str(tmp_path / "in"), "--json", "--fits", "9GB"]).output)["types"]
+    assert {row["type"] for row in fitting} == {name for name, row in rows.items() if row["bytes"] is not None}
+
+
+@pytest.fixture(scope="module", params=["gpt-oss-20b", "gpt-oss-120b"])
+def sparse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release's headers."""
+    folder = tmp_path_factory.mktemp("sparse")
+    small_tokenizer(folder / "tokenizer", 400)
+    write_sparse_release(request.param, folder / request.param, folder / "tokenizer")
+    return folder / str(request.param)
+
+
+@pytest.mark.parametrize("mode", ["auto", "cut"])
+def test_every_type_of_the_released_models_has_the_forecast_bytes(sparse: Path, mode: str) -> None:
+    with open_source(sparse) as source:
+        forecaster = Forecaster(source)
+        for name, recipe in TYPES.items():
+            plan = plan_gguf(source, recipe, widening=mode, neurons=first_ones)
+            assert plan.output_bytes == forecaster.of(recipe, mode).bytes, name
 
 
 def test_the_plan_of_the_released_models_names_what_the_types_promise(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from gptoss_convert.cli import main
 from gptoss_convert.cli.convert import Size
 from gptoss_convert.convert.resolve import resolve_source
 from gptoss_convert.convert.source import open_source
-from gptoss_convert.convert.target_gguf import build_metadata, gguf_slots
+from gptoss_convert.convert.target_gguf import general_metadata, gguf_slots, model_metadata
 from gptoss_convert.convert.verify import verify
 from gptoss_convert.convert.verify_report import Report, Status
 from gptoss_convert.errors import BadInput, ExitCode, GptOssError, Refused, UsageError
@@ -282,12 +282,12 @@ def test_a_name_is_honoured_where_the_gguf_has_none(tiny_model: Model, tmp_path:
 def test_another_alignment_and_a_wrong_token_id_are_not_copied_from_a_gguf(tiny_model: Model, tmp_path: Path) -> None:
     write_gguf(tiny_model, tmp_path / "in.gguf")
     with open_source(tmp_path / "in.gguf") as source:
-        tensors = [slot for group in gguf_slots(source.config, plain("mxfp4", "bf16")).values() for slot in group]
+        slots = gguf_slots(source.config, plain("mxfp4", "bf16"))
         source.metadata = {**source.metadata, "general.alignment": u32(4096)}
-        assert "general.alignment" not in dict(build_metadata(source, tensors, None))
+        assert "general.alignment" not in dict(general_metadata(source, slots, None))
         source.metadata = {**source.metadata, "tokenizer.ggml.eos_token_id": u32(399_999)}
         with pytest.raises(BadInput, match="eos_token_id"):
-            build_metadata(source, tensors, None)
+            model_metadata(source, 0)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "caf\udce9", " ", ""])

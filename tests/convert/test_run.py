@@ -19,7 +19,7 @@ from support.checkpoints import TRUE_LAYER, Model, write_bf16, write_hf
 
 from gptoss_convert.convert import run
 from gptoss_convert.convert.plan import OutFile, Piece, Place, Plan, Step
-from gptoss_convert.convert.run import Workers
+from gptoss_convert.convert.workers import Workers
 from gptoss_convert.errors import BadInput
 
 

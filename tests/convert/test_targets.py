@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,20 @@ def test_write_layout_names_what_to_open(small_model: Model, tmp_path: Path) -> 
     with open_source(tmp_path / "metal" / "model.bin") as source:
         assert source.layout is Layout.METAL
     assert small_tokenizer(tmp_path, SMALL.vocab, SMALL.spare_rows).name == "tokenizer.json"
+
+
+@pytest.mark.parametrize("lowered", [8, 14])
+def test_scales_below_nvfp4s_are_refused_with_their_place_and_leave_nothing(
+    lowered: int, tmp_path: Path, convert: Any
+) -> None:
+    """Never taken for a fault of the conversion, however little of the values NVFP4 would leave."""
+    model = Model(SQUARE)
+    for name in model.tensors:
+        if name.endswith(".scales"):
+            model.tensors[name] = model.tensors[name] - lowered
+    write_hf(model, tmp_path / "low")
+    with pytest.raises(Refused, match=r"llama\.cpp's gpt-oss does not read") as error:
+        convert(tmp_path / "low", tmp_path / "m.gguf", "gguf", type="nvfp4", allow_larger=True)
+    assert re.fullmatch(r"model\.layers\.\d\.mlp\.experts\.\w+, expert \d(, gate|, up)?", str(error.value.tensor))
+    assert re.fullmatch(r"scale 2\^-\d+ at row \d+, column \d+", str(error.value.found))
+    assert not (tmp_path / "m.gguf").exists()

@@ -32,6 +32,8 @@ FAMILIES = (
     ("q5_1", "q4_1"),
     ("iq4_nl", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xxs"),
     ("iq4_xs", "iq3_xxs", "iq2_xs"),
+    ("q3_k_l", "q3_k_m", "q3_k_s"),
+    ("iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s"),
 )
 
 

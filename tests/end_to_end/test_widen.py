@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,7 @@ import pytest
 from support.checkpoints import STEADY, Model, write_hf
 from support.llama import load
 
-from gptoss_convert.convert import target_gguf
 from gptoss_convert.convert.conversion import Options, convert
-from gptoss_convert.convert.widen import Widening
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(0, 300, 32)]
 
@@ -30,13 +29,12 @@ def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize(("experts", "dense", "bound"), [("f32", "f32", 1e-6), ("mxfp4", "bf16", 1e-3)])
 def test_the_widened_file_computes_what_the_native_one_computes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: str, dense: str, bound: float
+    tmp_path: Path, experts: str, dense: str, bound: float
 ) -> None:
     write_hf(Model(STEADY), tmp_path / "source")
     options = Options(to="gguf", experts=experts, dense=dense)
     convert(tmp_path / "source", tmp_path / "native.gguf", options, silent)
-    monkeypatch.setattr(target_gguf, "required", lambda *_: Widening(256, 128))
-    convert(tmp_path / "source", tmp_path / "wide.gguf", options, silent)
+    convert(tmp_path / "source", tmp_path / "wide.gguf", replace(options, widen="256x128"), silent)
     found = []
     for name in ("native", "wide"):
         with load(tmp_path / f"{name}.gguf") as llama:

@@ -8,7 +8,7 @@ import torch
 from support import ggml
 
 from gptoss_convert.kernels import floats
-from gptoss_convert.kernels.codecs import BY_GGML_ID, CODECS, encode_float
+from gptoss_convert.kernels.codecs import BY_GGML_ID, CODECS, NOT_GGML, encode_float
 
 
 def test_every_bfloat16_comes_back() -> None:
@@ -68,7 +68,11 @@ def test_a_codecs_sizes_are_ggmls(name: str) -> None:
     codec = CODECS[name]
     if name in ggml.TYPES:
         assert (codec.ggml_id, codec.block, codec.block_bytes) == ggml.TYPES[name]
-    assert BY_GGML_ID[codec.ggml_id] is codec
+    if codec.ggml_id == NOT_GGML:
+        assert codec not in BY_GGML_ID.values()
+    else:
+        assert BY_GGML_ID[codec.ggml_id] is codec
     assert codec.fits(768)
     assert codec.fits(769) == (codec.block == 1)
-    assert codec.row_bytes(768) == 768 // codec.block * codec.block_bytes
+    assert codec.row_bytes(768) == codec.head + 768 // codec.block * codec.block_bytes
+    assert codec.columns(codec.row_bytes(768)) == 768

@@ -143,3 +143,39 @@ def test_the_fate_in_the_plan_is_what_happens() -> None:
                 assert not exact or (source, codec) == ("mxfp4", "f16"), (source, codec)
             else:
                 assert exact, (source, codec, said)
+
+
+@pytest.mark.parametrize("scale", [118, 124, 135])
+def test_mxfp4_goes_into_nvfp4_without_loss_within_its_scales(scale: int) -> None:
+    chunk = Mxfp4(RNG.integers(0, 256, (70, 4, 16), np.uint8), np.full((70, 4), scale, np.uint8))
+    data = encode(chunk, "nvfp4", "t")
+    assert np.array_equal(CODECS["nvfp4"].decode(data), chunk.values())
+    assert fate("mxfp4", "nvfp4") == "transcoded exactly"
+
+
+@pytest.mark.parametrize(("scale", "found"), [(117, "2^-10"), (112, "2^-15"), (104, "2^-23"), (136, "2^9")])
+def test_an_mxfp4_block_outside_nvfp4s_scales_is_refused_with_its_place(scale: int, found: str) -> None:
+    """117: codes ½ and 1½ need a scale below 2^-9; 136: codes 4 and 6 one above 448."""
+    chunk = Mxfp4(np.full((70, 4, 16), 0x71, np.uint8), np.full((70, 4), 120, np.uint8))
+    chunk.scales[66, 2] = scale
+    with pytest.raises(Refused, match=r"llama\.cpp's gpt-oss does not read") as error:
+        encode(chunk, "nvfp4", "t", first_row=2048)
+    assert error.value.found == f"scale {found} at row 2114, column 64"
+    assert error.value.remedy == "keep the experts as mxfp4"
+
+
+@pytest.mark.parametrize("scale", [117, 136])
+def test_codes_that_another_scale_holds_are_exact_beyond_nvfp4s_scales_too(scale: int) -> None:
+    code = 0x64 if scale == 117 else 0x53  # 2 and 4, or 1½ and 3
+    chunk = Mxfp4(np.full((2, 4, 16), code, np.uint8), np.full((2, 4), scale, np.uint8))
+    assert np.array_equal(CODECS["nvfp4"].decode(encode(chunk, "nvfp4", "t")), chunk.values())
+
+
+def test_floats_too_small_for_nvfp4_are_refused_and_a_few_small_ones_are_not() -> None:
+    values = RNG.standard_normal((130, 128), np.float32) * np.float32(1e-4)
+    with pytest.raises(Refused, match="too small for NVFP4") as error:
+        encode(rows("bf16", values), "nvfp4", "t", first_row=7)
+    assert "in the 130 rows from row 7" in str(error.value.found)
+    values[::2] *= 1000
+    read = CODECS["nvfp4"].decode(encode(rows("f32", values), "nvfp4", "t"))
+    assert np.linalg.norm(read - values) < 0.15 * np.linalg.norm(values)

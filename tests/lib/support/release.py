@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from support import safetensors_files as st
 from support.model import Model, Spec, original_shapes
 from support.tokenizer import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
+from tokenizers import Tokenizer
 
 RENAMED = {
     "attn.norm.scale": "input_layernorm.weight",

@@ -1,0 +1,179 @@
+"""What `convert --method importance|gptq --calibration …` adds to a conversion: where it comes from, and what it puts into the plan.
+
+    --calibration TEXT | default ─► importance: one pass (calibrate.collect) ─► column weights in the plan
+                                 └► gptq: a stage of its own before the runner (rounding.Stage)
+    --calibration STATS          ─► importance, read (statistics.read_statistics)
+
+The artifact says what it was calibrated with: method, text, its digest, tokens, and of every expert how many tokens it saw and how far
+its own were trusted. GPTQ knows the last two only when it is through, so a GGUF's header is planned with zeros in their place, and
+built again with the numbers; it has the same length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.plan import OutFile, Plan
+from gptoss_convert.convert.progress import ShowProgress
+from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.statistics import Statistics, read_statistics
+from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.gguf import Value, ValueType, array, build_header, header_bytes, string
+from gptoss_convert.quant.shrinkage import own_weight
+
+if TYPE_CHECKING:
+    from gptoss_convert.convert.rounding import Stage
+    from gptoss_convert.convert.texts import Texts
+
+METHODS = ("round", "importance", "gptq")
+CONTEXT = 2048
+TOKENS = 131_072  # of a text, at most, unless asked for more
+FILE = "gptoss-calibration.json"
+KEY = "gptoss-convert.rounding."
+EMPTY_HEADER = header_bytes([], [])
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for. text: "default", a .txt, a .jsonl, or a statistics file (.gguf)."""
+
+    method: str = "round"
+    text: str | None = None
+    device: str = "cpu"
+    context: int = CONTEXT
+    tokens: int = TOKENS
+
+    def check(self) -> None:
+        """Raise UsageError for what does not fit together."""
+        if self.method not in METHODS:
+            raise UsageError("no such method", found=self.method, expected=", ".join(METHODS))
+        if self.method == "round" and self.text is not None:
+            raise UsageError("plain rounding uses no calibration", remedy="give --method importance or --method gptq")
+        if self.method != "round" and self.text is None:
+            raise UsageError(
+                f"--method {self.method} needs --calibration",
+                expected="TEXT.txt, CONVERSATIONS.jsonl, STATISTICS.gguf or default",
+            )
+        if self.method == "gptq" and self.from_statistics:
+            raise UsageError(
+                "gptq needs the text itself: a layer's inputs come from the layers that are rounded already", found=self.text,
+                remedy="give the text, or --method importance",
+            )  # fmt: skip
+
+    @property
+    def from_statistics(self) -> bool:
+        """Whether a statistics file is given and not a text."""
+        return self.text is not None and Path(self.text).suffix.lower() == ".gguf"
+
+
+def require_torch() -> None:
+    """UsageError where torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "this needs torch, which is not installed", remedy="pip install 'gptoss-convert[calibrate]'"
+        ) from error
+
+
+@dataclass
+class Calibration:
+    """A wish fulfilled as far as it can be before the plan: the statistics, or the text for the stage."""
+
+    wish: Wish
+    facts: dict[str, Any]
+    config: ModelConfig
+    statistics: Statistics | None = None
+    texts: Texts | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As it enters the plan's options, and with them the certificate and the digest of the work."""
+        return {"method": self.wish.method, **self.facts}
+
+    def keys(self, own: Sequence[Sequence[int]] | None = None) -> list[tuple[str, Value]]:
+        """Metadata of a GGUF; own: tokens of every expert, layer by layer (of the statistics if left out, else zeros)."""
+        if own is None:
+            own = self.own()
+        keys: list[tuple[str, Value]] = [(KEY + "method", string(self.wish.method))]
+        keys += [(KEY + name, string(str(value))) for name, value in sorted(self.facts.items())]
+        flat = [int(count) for row in own for count in row]
+        keys.append((KEY + "experts_own_tokens", array(ValueType.UINT32, flat)))
+        for name, columns in (("gate_up", self.config.hidden), ("down", self.config.intermediate)):
+            weights = [float(np.float32(own_weight(count, columns))) for count in flat]
+            keys.append((KEY + f"experts_own_weight_{name}", array(ValueType.FLOAT32, weights)))
+        return keys
+
+    def own(self) -> list[list[int]]:
+        """Tokens of every expert, layer by layer; zeros before they are known."""
+        layers, experts = self.config.layers, self.config.experts
+        if self.statistics is None:
+            return [[0] * experts for _ in range(layers)]
+        found = (self.statistics.inputs.get(layer_name(n, GATE_UP)) for n in range(layers))
+        return [[0] * experts if inputs is None else [int(n) for n in inputs.own] for inputs in found]
+
+    def document(self, own: Sequence[Sequence[int]], report: Mapping[str, Any] | None) -> bytes:
+        """FILE, for folders: the same facts, and what the stage reported."""
+        weights = {
+            name: [[round(own_weight(n, columns), 6) for n in row] for row in own]
+            for name, columns in ((GATE_UP, self.config.hidden), (DOWN, self.config.intermediate))
+        }
+        document = {**self.options(), "experts_own_tokens": own, "experts_own_weight": weights, "report": report}
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+    def put_into(self, plan: Plan) -> None:
+        """Column weights into the plan, and the facts into its options."""
+        plan.options["calibration"] = self.options()
+        if self.statistics is not None:
+            plan.importance = {name: inputs.mean for name, inputs in self.statistics.inputs.items()}
+            if plan.target != "gguf":
+                plan.small[FILE] = self.document(self.own(), None)
+
+    def finish(self, plan: Plan, stage: Stage) -> None:
+        """After the stage: its numbers into the plan."""
+        own = [stage.report.own[layer] for layer in sorted(stage.report.own)]
+        if plan.target == "gguf":
+            planned, known = _packed(self.keys()), _packed(self.keys(own))
+            first = plan.files[0]
+            assert first.head.count(planned) == 1
+            assert len(planned) == len(known)
+            plan.files[0] = OutFile(first.name, first.head.replace(planned, known), first.size)
+        else:
+            plan.small[FILE] = self.document(own, stage.report.as_dict())
+
+
+def _packed(keys: list[tuple[str, Value]]) -> bytes:
+    """Metadata as they lie in a header."""
+    return build_header(keys, [])[0][EMPTY_HEADER : header_bytes(keys, [])]
+
+
+def calibration(source: Source, wish: Wish, show: ShowProgress, folder: Path | None = None) -> Calibration | None:
+    """Read the text or the statistics, or make these; None for plain rounding."""
+    wish.check()
+    if wish.method == "round":
+        return None
+    require_torch()
+    assert wish.text is not None
+    if wish.from_statistics:
+        statistics = read_statistics(Path(wish.text), source.config)
+        facts = {k: v for k, v in statistics.facts.items() if k != "worth"}
+        return Calibration(wish, facts, source.config, statistics=statistics)
+    from gptoss_convert.convert import calibrate
+    from gptoss_convert.convert.texts import read_texts
+
+    texts = read_texts(wish.text, source, wish.context, wish.tokens)
+    facts = calibrate.facts_of(source, texts, wish.context)
+    if wish.method == "gptq":
+        return Calibration(wish, facts, source.config, texts=texts)
+    with show("calibrate", source.config.layers) as advance:
+        statistics = calibrate.collect(
+            source, texts, context=wish.context, device=wish.device, advance=advance, folder=folder
+        )
+    return Calibration(wish, facts, source.config, statistics=statistics)

@@ -1,0 +1,246 @@
+"""`convert --method importance|gptq`: what is written is what the method says, resumed, repeated and accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import STEADY, Model, write_bf16, write_hf
+
+from gptoss_convert.convert import calibration as calibrating
+from gptoss_convert.convert import conversion, rounding
+from gptoss_convert.convert.calibrate import calibrate
+from gptoss_convert.convert.calibration import Wish
+from gptoss_convert.convert.conversion import Options
+from gptoss_convert.convert.forward import Walk, Weights
+from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.source import open_source
+from gptoss_convert.convert.texts import Texts, read_texts
+from gptoss_convert.errors import Refused, UsageError
+from gptoss_convert.kernels import gptq
+
+SPEC = replace(STEADY, layers=2, heads=4, experts_per_token=2)
+TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 25
+
+
+@contextmanager
+def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    write_hf(Model(SPEC), folder)
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+def wish(checkpoint: Path, method: str, **more: object) -> Wish:
+    return Wish(method, str(more.pop("text", checkpoint.parent / "text.txt")), context=64, **more)  # type: ignore[arg-type]
+
+
+def convert(checkpoint: Path, target: Path, method: str, **options: object) -> conversion.Outcome:
+    rounding_wish = options.pop("wish", None) or (Wish() if method == "round" else wish(checkpoint, method))
+    settings = {"to": "gguf", "type": "q3_k_s", "allow_larger": True} | options
+    return conversion.convert(checkpoint, target, Options(**settings, rounding=rounding_wish), silent)  # type: ignore[arg-type]
+
+
+def experts_error(source: Path, artifact: Path, text: Texts) -> float:
+    """How far the experts' outputs are from the source's, on the source's own activations, relative, over all layers."""
+    from gptoss_convert.convert.compare import walk_both
+
+    with open_source(source) as a, open_source(artifact) as b:
+        return float(np.mean([layer["output_error"] for layer in walk_both(a, b, text, "cpu", silent).layers]))
+
+
+def text_of(checkpoint: Path) -> Texts:
+    with open_source(checkpoint) as source:
+        return read_texts(checkpoint.parent / "text.txt", source, 64)
+
+
+@pytest.mark.parametrize("name", ["q3_k_s", "q4_0", "q2_0", "iq2_xs"])
+def test_importance_is_nearer_to_the_source_than_rounding_and_gptq_nearer_still(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    errors = []
+    for method in ("round", "importance", "gptq"):
+        convert(checkpoint, tmp_path / f"{method}.gguf", method, type=name)
+        errors.append(experts_error(checkpoint, tmp_path / f"{method}.gguf", text_of(checkpoint)))
+    sizes = {(tmp_path / f"{m}.gguf").stat().st_size for m in ("importance", "gptq")}
+    assert len(sizes) == 1
+    assert errors[1] < errors[0] * 1.001
+    if name == "iq2_xs":  # no grid: importance from the Hessian's diagonal
+        assert errors[2] < errors[0]
+    else:
+        assert errors[2] < 0.9 * errors[1]
+
+
+def test_int4_is_rounded_by_gptq_too(checkpoint: Path, tmp_path: Path) -> None:
+    errors = []
+    for method in ("round", "gptq"):
+        outcome = convert(checkpoint, tmp_path / method, method, to="int4", type=None, allow_larger=False)
+        errors.append(experts_error(checkpoint, tmp_path / method, text_of(checkpoint)))
+    assert errors[1] < 0.8 * errors[0]
+    facts = json.loads((tmp_path / "gptq" / "gptoss-calibration.json").read_text())
+    assert facts["method"] == "gptq"
+    assert np.sum(facts["experts_own_tokens"]) == SPEC.layers * 2 * facts["tokens"]
+    assert facts["report"]["matrices"]["gptq"] > 0
+    assert outcome.document["options"]["calibration"]["text_digest"] == facts["text_digest"]
+
+
+def test_a_bf16_fine_tune_becomes_mxfp4_by_gptq(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_bf16(Model(SPEC), source, rope="parameters")
+    from safetensors.torch import load_file, save_file
+
+    path = next(source.glob("*.safetensors"))
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * tensor.float().std() * 0.3
+            tensors[name] = (tensor.float() + noise).to(torch.bfloat16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "text.txt").write_text(TEXT)
+    errors = []
+    for method in ("round", "gptq"):
+        convert(source, tmp_path / method, method, to="hf", type=None, allow_larger=False)
+        errors.append(experts_error(source, tmp_path / method, text_of(source)))
+    assert errors[1] < 0.85 * errors[0]
+
+
+def test_what_the_codec_holds_exactly_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    outcome = convert(checkpoint, tmp_path / "a.gguf", "gptq", type="mxfp4")
+    convert(checkpoint, tmp_path / "b.gguf", "round", type="mxfp4")
+    assert outcome.proof is not None
+    with open_source(tmp_path / "a.gguf") as a, open_source(tmp_path / "b.gguf") as b:
+        for layer in range(SPEC.layers):
+            for name in (GATE_UP, DOWN):
+                views = [side.views[layer_name(layer, name)] for side in (a, b)]
+                assert views[0].read(1, 0, 40).same_bytes(views[1].read(1, 0, 40))
+
+
+def test_the_artifact_says_what_it_was_calibrated_with(checkpoint: Path, tmp_path: Path) -> None:
+    for method in ("importance", "gptq"):
+        convert(checkpoint, tmp_path / f"{method}.gguf", method)
+    fields = [gguf.GGUFReader(tmp_path / f"{m}.gguf").fields for m in ("importance", "gptq")]
+    for found, method in zip(fields, ("importance", "gptq"), strict=True):
+        assert found["gptoss-convert.rounding.method"].contents() == method
+        assert found["gptoss-convert.rounding.text"].contents() == "text.txt"
+        own = found["gptoss-convert.rounding.experts_own_tokens"].contents()
+        assert len(own) == SPEC.layers * SPEC.experts
+        assert sum(own) == SPEC.layers * 2 * text_of(checkpoint).tokens
+        weights = found["gptoss-convert.rounding.experts_own_weight_down"].contents()
+        assert all(0 < w <= 1 for w, n in zip(weights, own, strict=True) if n)
+    # The quantized layers before it send other tokens to an expert than the source does.
+    own = [f["gptoss-convert.rounding.experts_own_tokens"].contents() for f in fields]
+    assert own[0] != own[1]
+
+
+@pytest.mark.parametrize("method", ["importance", "gptq"])
+def test_the_same_input_gives_the_same_bytes_with_any_number_of_threads(
+    checkpoint: Path, tmp_path: Path, method: str
+) -> None:
+    for threads in (1, 3):
+        convert(checkpoint, tmp_path / f"{threads}.gguf", method, threads=threads)
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
+
+
+def test_a_killed_run_rounds_no_finished_matrix_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(checkpoint, tmp_path / "whole.gguf", "gptq")
+    real, rounded = rounding.Stage._round, []
+
+    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor) -> None:
+        if len(rounded) == 12:
+            rounded.append(None)
+            raise KeyboardInterrupt
+        rounded.append((name, expert))
+        real(stage, name, expert, hessian)
+
+    monkeypatch.setattr(rounding.Stage, "_round", spy)
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, tmp_path / "killed.gguf", "gptq")
+    assert not (tmp_path / "killed.gguf").exists()
+    convert(checkpoint, tmp_path / "killed.gguf", "gptq")
+    done = [r for r in rounded if r is not None]
+    assert len(done) == len(set(done))
+    assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_statistics_file_gives_the_same_importance_as_its_text(checkpoint: Path, tmp_path: Path) -> None:
+    calibrate(checkpoint, tmp_path / "s.gguf", lambda _: text_of(checkpoint), context=64, show=silent)
+    convert(checkpoint, tmp_path / "a.gguf", "importance")
+    convert(
+        checkpoint, tmp_path / "b.gguf", "importance", wish=wish(checkpoint, "importance", text=tmp_path / "s.gguf")
+    )
+    with open_source(tmp_path / "a.gguf") as a, open_source(tmp_path / "b.gguf") as b:
+        name = layer_name(1, GATE_UP)
+        left, right = (side.views[name].read(2, 0, 192).values() for side in (a, b))
+        assert np.mean(left == right) > 0.995  # the file's means went through a product and a quotient in float32
+
+
+def test_an_expert_whose_hessian_cannot_be_factorised_is_an_error_that_names_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gptq.factorise
+    calls = []
+
+    def fail(hessian: torch.Tensor, block: int) -> gptq.Factor:
+        calls.append(block)
+        if len(calls) > 6:
+            raise gptq.NotPositive("it is not positive")
+        return real(hessian, block)
+
+    monkeypatch.setattr(gptq, "factorise", fail)
+    with pytest.raises(Refused, match="no usable Hessian") as error:
+        convert(checkpoint, tmp_path / "x.gguf", "gptq")
+    assert "expert" in str(error.value.found)
+    assert error.value.tensor is not None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Wish("gptq"), "needs --calibration"),
+        (Wish("round", "default"), "uses no calibration"),
+        (Wish("gptq", "s.gguf"), "needs the text itself"),
+        (Wish("magic", "default"), "no such method"),
+    ],
+)
+def test_wishes_that_do_not_fit_together_are_refused(asked: Wish, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        asked.check()
+
+
+def test_inputs_come_from_the_layers_that_are_rounded_already(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last Hessian of the head is over the stream that the written artifact itself produces."""
+    seen = {}
+    real = rounding.Stage._round
+
+    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor) -> None:
+        seen[name, expert] = hessian.clone()
+        real(stage, name, expert, hessian)
+
+    monkeypatch.setattr(rounding.Stage, "_round", spy)
+    convert(checkpoint, tmp_path / "x.gguf", "gptq")
+    with open_source(tmp_path / "x.gguf") as artifact:
+        walk = Walk(Weights(artifact), text_of(checkpoint).sequences)
+        walk.run()
+        from gptoss_convert.convert.calibrate import final_inputs
+
+        wanted = final_inputs(walk).mean[0]
+    found = seen["lm_head.weight", 0].diagonal().numpy()[: SPEC.hidden]
+    assert found == pytest.approx(wanted, rel=0.02)
+    assert calibrating.METHODS == ("round", "importance", "gptq")
