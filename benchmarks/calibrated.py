@@ -2,11 +2,12 @@
 
     python -P benchmarks/calibrated.py --llama BIN [TYPE …] [--tokens N] [--json]
 
-BIN: a folder with llama-quantize and llama-imatrix. Everything starts from tests/data/trained, natively MXFP4. llama.cpp is given the
-same calibration text and an f16 file of the model widened to 512 × 512, which it cannot make itself, and for every tensor the type
-that our recipe gives it (--tensor-type), so that the files have the same tensors in the same types. KL divergence of the next token
-against the source, on text that neither the model nor the calibration has seen, is measured by `compare` for all alike; its standard
-error is about a tenth to a thirtieth of the figure and mostly common to a row. int4 has no peer there: ours by rounding is its measure.
+BIN: a folder with llama-quantize and llama-imatrix. Everything starts from tests/data/trained, natively MXFP4. llama.cpp is
+given the same calibration text and an f16 file of the model widened to 512 × 512, which it cannot make itself, and for every
+tensor the type that our recipe gives it (--tensor-type), so that the files have the same tensors in the same types. KL
+divergence of the next token against the source, on text that neither the model nor the calibration has seen, is measured by
+`compare` for all alike; its standard error is about a tenth to a thirtieth of the figure and mostly common to a row. int4 has
+no peer there: ours by rounding is its measure.
 """
 
 from __future__ import annotations

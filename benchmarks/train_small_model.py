@@ -58,7 +58,9 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
 
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
-        if not any(part in name for part in ("site-packages", "test/", "tests/", "topics.py", "encodings/", "idlelib/")):
+        if not any(
+            part in name for part in ("site-packages", "test/", "tests/", "topics.py", "encodings/", "idlelib/")
+        ):
             yield name, path.read_text(encoding="utf-8", errors="ignore")
     for name, text in sorted(topics.items()):
         yield f"topic {name}", text
@@ -220,7 +222,12 @@ def train(network: Network, ids: Tensor, heldout: Tensor, steps: int, batch: int
         if step % 50 == 0 or step == steps - 1:
             with torch.no_grad():
                 found = float(loss_of(network, heldout, quantized)[0])
-            entry = {"step": step, "loss": float(loss.detach()), "heldout": found, "imbalance": float(imbalance.detach())}
+            entry = {
+                "step": step,
+                "loss": float(loss.detach()),
+                "heldout": found,
+                "imbalance": float(imbalance.detach()),
+            }
             log.append(entry)
             print(f"{time.monotonic() - started:6.0f} s", json.dumps(entry), file=sys.stderr, flush=True)
     return log

@@ -1,6 +1,7 @@
 """`calibrate`: one streamed pass of text through the model → the statistics of every matrix's inputs.
 
-    layer by layer:  inputs of q, k, v ─ inputs of the output projection ─ router ─ each expert: its own tokens' inputs of gate/up and
+    layer by layer:  inputs of q, k, v ─ inputs of the output projection ─ router ─ each expert: its own tokens' inputs of
+        gate/up and
                      of down, and where they are too few, others of the layer sent through that same expert (quant/shrinkage.py)
 
 A layer's statistics are written and journalled when it is done, with the residual stream after it; a run that was killed goes on

@@ -1,12 +1,13 @@
-"""What `convert --method importance|gptq --calibration …` adds to a conversion: where it comes from, and what it puts into the plan.
+"""What `convert --method importance|gptq --calibration …` adds to a conversion: where it comes from, and what it puts into the
+plan.
 
     --calibration TEXT | default ─► importance: one pass (calibrate.collect) ─► column weights in the plan
                                  └► gptq: a stage of its own before the runner (rounding.Stage)
     --calibration STATS          ─► importance, read (statistics.read_statistics)
 
-The artifact says what it was calibrated with: method, text, its digest, tokens, and of every expert how many tokens it saw and how far
-its own were trusted. GPTQ knows the last two only when it is through, so a GGUF's header is planned with zeros in their place, and
-built again with the numbers; it has the same length.
+The artifact says what it was calibrated with: method, text, its digest, tokens, and of every expert how many tokens it saw and
+how far its own were trusted. GPTQ knows the last two only when it is through, so a GGUF's header is planned with zeros in their
+place, and built again with the numbers; it has the same length.
 """
 
 from __future__ import annotations

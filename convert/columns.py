@@ -13,7 +13,9 @@ LEAST = 1e-3  # of the mean: an input that the text never used is not worthless 
 
 
 def fit(importance: F32, view: View, expert: int) -> F32:
-    """Importance f32 [C] of a true matrix's columns → of the view's: cut ones left out, those that widening added worth nothing."""
+    """Importance f32 [C] of a true matrix's columns → of the view's: cut ones left out, those that widening added worth
+    nothing.
+    """
     if isinstance(view, Wide):
         inner = fit(importance, view.base, expert)
         return np.concatenate([inner, np.zeros(view.stack[2] - len(inner), np.float32)])

@@ -1,12 +1,14 @@
 """`compare`: how far an artifact is from its source, tensor by tensor, expert by expert, and in what it says next.
 
     both open ─► every tensor, rows at a time ─► relative RMS, worst block
-    with text ─► both walk through their layers together ─► each expert on the source's own activations, the stream after each layer
+    with text ─► both walk through their layers together ─► each expert on the source's own activations, the stream after each
+        layer
               ─► logits of both, a few tokens at a time ─► KL divergence, top-1 agreement, both perplexities
 
-KL divergence is Σ p (ln p − ln q) over the vocabulary, p the source's distribution; scored are the tokens in the second half of each
-sequence, as llama-perplexity does, so that every one has some context. Standard errors are of means over scored tokens, taken as
-independent; of a perplexity and of the ratio of two by the delta method, exp(mean) · se(mean), the ratio's from paired differences.
+KL divergence is Σ p (ln p − ln q) over the vocabulary, p the source's distribution; scored are the tokens in the second half of
+each sequence, as llama-perplexity does, so that every one has some context. Standard errors are of means over scored tokens,
+taken as independent; of a perplexity and of the ratio of two by the delta method, exp(mean) · se(mean), the ratio's from paired
+differences.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)  # what the plan gives up by design
-    importance: Mapping[str, F32] = field(default_factory=dict)  # canonical matrix → f32 [E, C] of the true model's columns
+    importance: Mapping[str, F32] = field(
+        default_factory=dict
+    )  # canonical matrix → f32 [E, C] of the true model's columns
 
     @property
     def output_bytes(self) -> int:

@@ -2,12 +2,14 @@
 
     for each layer:
         inputs of q, k, v  ─► Hessian ─► q, k, v rounded ─► inputs of the output projection, as these now make them ─► it, rounded
-        router ─► for each expert: inputs of gate/up ─► rounded ─► inputs of down, as the rounded gate/up make them ─► down, rounded
+        router ─► for each expert: inputs of gate/up ─► rounded ─► inputs of down, as the rounded gate/up make them ─► down,
+            rounded
         x goes on through the rounded layer
     the head, by the final normed stream; the embedding, which nothing is multiplied with, by its codec alone
 
 The stage does those steps of the plan that hold such matrices, and writes and journals them as the runner would; the runner finds
-them done. A killed run is taken up layer by layer: a layer whose bytes have their digests is decoded and run through, not rounded again.
+them done. A killed run is taken up layer by layer: a layer whose bytes have their digests is decoded and run through, not
+rounded again.
 
 A codec without a grid (lattice types) takes the diagonal of the same Hessian as importance. What a codec holds exactly is left to
 the runner. An expert's Hessian is shrunk as quant/shrinkage.py says. A factorisation that fails at every damping is an error that

@@ -9,8 +9,8 @@
 
 The mean squares are shrunk already, so that llama-quantize gets, for a rarely chosen expert, what we take ourselves, and no
 expert has a count of zero, which it would replace by ones. Files of llama-imatrix have no shrunk statistics and no others'
-tokens: a rarely seen expert of gate and up is shrunk towards all tokens of the layer (the experts' sums add up to them), one of down
-towards the mean over the experts, and that is noted.
+tokens: a rarely seen expert of gate and up is shrunk towards all tokens of the layer (the experts' sums add up to them), one of
+down towards the mean over the experts, and that is noted.
 """
 
 from __future__ import annotations
@@ -213,7 +213,9 @@ def read_statistics(path: Path, config: ModelConfig) -> Statistics:
 
 
 def _shrunk(sums: F32, counts: F32, name: str, notes: list[str]) -> tuple[F32, F32, F32]:
-    """Own counts, weights and shrunk means of llama-imatrix's sums: others are all of the layer's, or for down the experts' mean."""
+    """Own counts, weights and shrunk means of llama-imatrix's sums: others are all of the layer's, or for down the experts'
+    mean.
+    """
     columns, total = sums.shape[1], float(counts.sum())
     if not total:
         raise BadInput("the statistics have counted no token", tensor=name)

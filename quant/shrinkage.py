@@ -1,8 +1,8 @@
 """How far an expert's own tokens are trusted, and what stands in for those that it has not seen.
 
-An expert's statistic over C inputs (mean squares [C], or a Hessian [C, C]) is estimated well from 2·C tokens of its own; the router
-gives some experts far fewer, some none. With n tokens of its own, m = max(0, 2C − n) others of the layer are sent through that same
-expert (fewer where the layer has fewer), and
+An expert's statistic over C inputs (mean squares [C], or a Hessian [C, C]) is estimated well from 2·C tokens of its own; the
+router gives some experts far fewer, some none. With n tokens of its own, m = max(0, 2C − n) others of the layer are sent
+through that same expert (fewer where the layer has fewer), and
 
     statistic = w · (mean over its own) + (1 − w) · (mean over the others),      w = n / (n + WORTH · m)
 

@@ -83,7 +83,9 @@ def test_divergence_and_perplexities_are_those_of_transformers(tmp_path: Path) -
 def test_a_lossless_artifact_is_at_no_distance(folder: Path) -> None:
     write_bf16(Model(SPEC), folder / "same", rope="parameters")
     found = document(folder, "same")
-    assert all(tensor["equal"] and tensor["relative_rms"] == 0 and tensor["worst"] is None for tensor in found["tensors"])
+    assert all(
+        tensor["equal"] and tensor["relative_rms"] == 0 and tensor["worst"] is None for tensor in found["tensors"]
+    )
     assert found["text"]["kld"]["max"] < 1e-6
     assert found["text"]["top1"] == {"agreement": 1.0, "se": 0.0}
     assert found["text"]["perplexity"]["ratio"]["value"] == pytest.approx(1, abs=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -28,8 +30,8 @@ def test_one_that_saw_nothing_takes_the_others() -> None:
 
 def test_trust_rises_steadily_and_without_a_jump() -> None:
     weights = [own_weight(n, COLUMNS) for n in range(300)]
-    assert all(a <= b for a, b in zip(weights, weights[1:], strict=False))
-    assert max(b - a for a, b in zip(weights, weights[1:], strict=False)) < 0.02
+    assert all(a <= b for a, b in itertools.pairwise(weights))
+    assert max(b - a for a, b in itertools.pairwise(weights)) < 0.02
 
 
 def test_the_others_are_spread_over_the_text() -> None:

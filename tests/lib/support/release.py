@@ -166,9 +166,7 @@ def write_companions(spec: Spec, folder: Path, config: dict[str, Any], tokenizer
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def write_hf(
-    model: Model, folder: Path, shard_limit: int | None = None, tokenizer: Tokenizer | None = None
-) -> None:
+def write_hf(model: Model, folder: Path, shard_limit: int | None = None, tokenizer: Tokenizer | None = None) -> None:
     """The Hugging Face layout exactly as released. By default the shards hold some 30 % each, so a layer spans two."""
     folder.mkdir(parents=True, exist_ok=True)
     files = hf_shards(model.spec, shard_limit)
