@@ -30,6 +30,7 @@ from typing import Any
 import blake3
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptoss_convert.convert.calibrate import other_tokens
@@ -42,7 +43,7 @@ from gptoss_convert.convert.texts import Texts
 from gptoss_convert.convert.views import Stack, View
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.output import Output
-from gptoss_convert.kernels import gptq, mxfp4
+from gptoss_convert.kernels import gain, gptq, mxfp4
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS
@@ -263,10 +264,11 @@ class Stage:
             for part, codec in self._all_codecs(name).items():
                 select = slice({"": 0, "gate": 0, "up": 1}[part], None, 2 if part else 1)
                 rows = np.ascontiguousarray(weight[select])
-                parts[part] = self._rows(
-                    rows, chunk.select(select), codec, name, expert, step, hessian, diagonal, factors
-                )
-                e, f = _energies(rows, CODECS[codec].decode(parts[part]), hessian)
+                made = self._rows(rows, chunk.select(select), codec, name, expert, step, hessian, diagonal, factors)
+                if part in self.codecs(name):
+                    made = gain.restore(made, codec, *_outputs(rows, CODECS[codec].decode(made), hessian))
+                parts[part] = made
+                e, f = _energies(rows[:SLAB], CODECS[codec].decode(made[:SLAB]), hessian)
                 energy, lost = energy + e, lost + f
             self._write(index, step, parts)
         self.report.loss.setdefault(name, []).append(lost / energy if energy else 0.0)
@@ -361,6 +363,14 @@ def _decoded(pieces: list[tuple[Piece, bytes]], rows: int, columns: int) -> F32:
             join(piece.codec, arrays[INT_SCALES].reshape(rows, -1), arrays[INT_CODES].reshape(rows, -1))
         )
     return CODECS[piece.codec].decode(np.frombuffer(data, np.uint8).reshape(rows, -1))
+
+
+def _outputs(weight: F32, values: F32, hessian: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Row by row, w H wᵀ and w H qᵀ: f64 [R]."""
+    w, q = (torch.from_numpy(np.ascontiguousarray(a)).to(hessian.device) for a in (weight, values))
+    seen = w @ hessian
+    wanted, held = ((seen * a).sum(1, dtype=torch.float64).cpu().numpy() for a in (w, q))
+    return wanted, held
 
 
 def _energies(weight: F32, values: F32, hessian: Tensor) -> tuple[float, float]:

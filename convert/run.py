@@ -144,16 +144,16 @@ def do_step(step: Step, plan: Plan, output: Output) -> str:
     """Read, check, encode and write one step; returns the digest of the bytes written."""
     chunk = plan.source.views[step.tensor].read(step.expert, step.start, step.stop)
     require_finite(chunk, plan.source, step)
-    importance = column_importance(plan, step)
+    importance, calibrated = column_importance(plan, step), step.tensor in plan.importance
     hasher = blake3.blake3()
     if any(piece.codec in (BLOCKS, SCALES) for piece in step.pieces):
         chunk = encode_packed(chunk, importance)
     fielded = next((piece.codec for piece in step.pieces if piece.field), None)
     if fielded:  # once for both halves
-        chunk = Rows(fielded, encode(chunk, fielded, step.tensor, step.start, importance))
+        chunk = Rows(fielded, encode(chunk, fielded, step.tensor, step.start, importance, calibrated))
     for piece in step.pieces:
         own = _stored_rows(chunk, piece, step, plan.source)
-        data = piece_bytes(chunk, piece, step, importance) if own is None else own
+        data = piece_bytes(chunk, piece, step, importance, calibrated) if own is None else own
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         assert len(view) == piece.nbytes
         output.write(plan.files[piece.file].name, piece.offset, view)
@@ -200,7 +200,9 @@ def column_importance(plan: Plan, step: Step) -> F32 | None:
     return (np.arange(view.stack[2]) < view.true_columns).astype(np.float32)
 
 
-def piece_bytes(chunk: Chunk, piece: Piece, step: Step, importance: F32 | None = None) -> np.ndarray[Any, Any]:
+def piece_bytes(
+    chunk: Chunk, piece: Piece, step: Step, importance: F32 | None = None, calibrated: bool = False
+) -> np.ndarray[Any, Any]:
     """The bytes that a chunk becomes in one output tensor."""
     if piece.part and not piece.columns:
         chunk = chunk.select(slice(0 if piece.part == "gate" else 1, None, 2))
@@ -217,7 +219,7 @@ def piece_bytes(chunk: Chunk, piece: Piece, step: Step, importance: F32 | None =
         values = chunk.values()[:, 0 if piece.part == "gate" else 1 :: 2]
         return np.ascontiguousarray(encode_float(np.ascontiguousarray(values), piece.codec))
     first = step.start // 2 if piece.part else step.start
-    return np.ascontiguousarray(encode(chunk, piece.codec, _place(step, piece.part), first, importance))
+    return np.ascontiguousarray(encode(chunk, piece.codec, _place(step, piece.part), first, importance, calibrated))
 
 
 def _place(step: Step, part: str) -> str:

@@ -13,6 +13,8 @@ from numba import njit
 from gptoss_convert.kernels.lane_sums import affine_error, affine_sums, means, symmetric_error, symmetric_sums
 from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, f16, f16_nearest, invert, lower, take
 
+_NEXT = np.float32(0.75 * 2**-10)  # of a float16: moves it to the next one
+
 
 @njit(**KERNEL)
 def by_gain(
@@ -154,7 +156,30 @@ def search_affine(
 
 
 @njit(**KERNEL)
-def exact_affine(
+def settle_affine(x: Any, w: Any, high: Any, best: Any, base: Any, inverse: Any, s: Any) -> None:
+    """The offset as float16 holds it or next to it, each with the scale of the search and one refitted to it; by the loss."""
+    least, d, b, error, q1, qq, scale, start = s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]
+    scale[:], start[:] = best, base
+    least[:] = np.float32(np.inf)
+    for step in (F0, -_NEXT, _NEXT):
+        for k in range(LANES):
+            b[k] = f16_nearest(start[k] + start[k] * step)
+        d[:] = scale
+        for turn in range(2):
+            invert(d, inverse)
+            if turn == 1:
+                affine_sums(x, w, inverse, b, high, q1, error, qq)
+                for k in range(LANES):
+                    d[k] = f16(max(error[k] / qq[k], F0)) if qq[k] > F0 else d[k]
+                invert(d, inverse)
+            affine_error(x, w, d, inverse, b, high, error)
+            take(error, least, d, best)
+            take(error, least, b, base)
+            lower(error, least)
+
+
+@njit(**KERNEL)
+def few_bits_affine(
     x: Any, w: Any, factors: Any, high: Any, low: Any, top: Any,
     best: Any, base: Any, inverse: Any, least: Any, d: Any, error: Any,
 ) -> None:  # fmt: skip

@@ -23,6 +23,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gptoss_convert.kernels.floats import F32
+from gptoss_convert.kernels.inputs import Unfit, prepare
 from gptoss_convert.kernels.lane_sums import affine_error, affine_sums, means
 from gptoss_convert.kernels.lanes import (
     F0,
@@ -35,7 +36,6 @@ from gptoss_convert.kernels.lanes import (
     f16_nearest,
     gather,
     gather_cyclic,
-    importance_blocks,
     nearest,
     sizes,
 )
@@ -78,14 +78,13 @@ def int_encode(
     importance: F32 | None = None,
 ) -> IntGroups:
     """f32 [R, C], C a multiple of `group`, importance f32 [C] or None → groups of `bits`-bit integers (2 to 8)."""
-    values = np.ascontiguousarray(values)
+    values, w, tile = prepare(values, importance, group)
     if storage == "f16" or kind == "offset":
         of_scale = F16_MAX if kind == "offset" else F16_MAX * 2 ** (bits - 1)
         _refuse_beyond(values, of_scale if storage == "f16" else 2.0**126)
     blocks = values.reshape(-1, group)
     codes = np.empty(blocks.shape, np.uint8)
     scales, extra = np.empty(len(blocks), np.float32), np.empty(len(blocks), np.float32)
-    w, tile = importance_blocks(importance, group)
     x, s, q = (
         np.empty((group, LANES), np.float32),
         np.empty((16, LANES), np.float32),
@@ -123,7 +122,7 @@ def _refuse_beyond(values: F32, limit: float) -> None:
     bad = np.argwhere(np.abs(values) > limit)
     if len(bad):
         row, column = bad[0]
-        raise ValueError(f"{values[row, column]:g} at row {row}, column {column} exceeds what the group can hold")
+        raise Unfit(float(values[row, column]), int(row), int(column), "exceeds what the group can hold")
 
 
 @njit(**KERNEL)

@@ -27,8 +27,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.inputs import prepare, refuse_size
 from gptoss_convert.kernels.iq4_fit import BLOCK, PARTS, encode
-from gptoss_convert.kernels.lanes import F16_MAX, KERNEL, LANES, importance_blocks, refuse_size
+from gptoss_convert.kernels.lanes import F16_MAX, KERNEL, LANES
 
 SUPER = 256
 # Relative to the mean: what has no importance at all is still encoded as well as the rest allows.
@@ -112,8 +113,9 @@ def iq4_xs_encode(values: F32, importance: F32 | None = None) -> U8:
 
 def _fit(values: F32, importance: F32 | None, scaled: bool) -> tuple[F32, NDArray[np.int32], U8]:
     """d f32 and scale int32 (1 unless `scaled`) of each 32 values, codes uint8 [·, 16]."""
-    blocks = np.ascontiguousarray(values).reshape(-1, BLOCK)
-    w = importance_blocks(np.ones(values.shape[1], np.float32) if importance is None else importance, BLOCK)[0]
+    importance = np.ones(values.shape[1], np.float32) if importance is None else importance
+    values, w, _ = prepare(values, importance, BLOCK, SUPER if scaled else BLOCK)
+    blocks = values.reshape(-1, BLOCK)
     assert w is not None
     w = np.maximum(w, _LEAST_WEIGHT)
     d, scale = np.zeros(len(blocks), np.float32), np.ones(len(blocks), np.int32)

@@ -13,9 +13,8 @@ Minimised is Σ w (x − decoded)² over each super-block, w the column's import
    min is sought among the neighbours of the last (`refit`, `search_pairs`), before the refit and after; again a
    super-block keeps what lost least.
 
-Decoding what was encoded and encoding it again need not give the same values: a part that does not use its outermost codes,
-or a super-block whose largest integer scale is not the top one, is one of many descriptions of nearly the same values. The
-second loss is a fraction of the first.
+With importance, step 1 is done without it as well: where few values have nearly all of it, the parts' scales have little in
+common by themselves.
 
 Lanes of a tile (see `lanes`) are parts; consecutive lanes make a super-block.
 """
@@ -33,6 +32,7 @@ from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, coarse, f16, invert,
 
 F1 = np.float32(1)
 F2 = np.float32(2)
+_PLAIN = 9  # spreads that are tried without importance
 _KEEP_1 = np.float32(2**23 + 1)
 _EIGHTH, _TWELFTH = np.float32(1 / 8), np.float32(1 / 12)
 
@@ -219,8 +219,11 @@ def encode_parts(
         s[:14], s[14], s[15], s[16], s[17], s[18], s[19], s[20], s[21], s[22], s[23],
     )  # fmt: skip
     fit_parts(x, w, high, spreads, room, scale, minimum)
-    for i in range(starts.size):
-        first_scales(scale, minimum, parts, top / starts[i], d, dmin)
+    for i in range(starts.size + (0 if w is None else 1)):
+        share = starts[i] if i < starts.size else F1
+        if i == starts.size:
+            fit_parts(x, None, high, spreads[:_PLAIN], room, scale, minimum)
+        first_scales(scale, minimum, parts, top / share, d, dmin)
         for k in range(LANES):
             a0[k] = nearest(min(scale[k] / d[k], top)) if d[k] > F0 else F0
         for k in range(LANES):

@@ -18,7 +18,8 @@ Twelve bytes hold the 6-bit numbers of a super-block. Q4_K, Q5_K: scale p < 4 in
 4 + p; for p ≥ 4 the low 4 bits of the scale low and of the min high in byte 4 + p, their high 2 bits on top of bytes p − 4
 and p. Q3_K: low 4 bits of scale p in byte p % 8 (high nibble if p ≥ 8), high 2 bits in byte 8 + p % 4, bits 2·(p // 4) ….
 
-The searches are in `k_affine` and `k_symmetric`, the bytes in `k_bytes`. Errors: ValueError where a value exceeds what the
+The searches are in `k_affine` and `k_symmetric`, the bytes in `k_bytes`; a super-block that was decoded from the same type
+comes back exactly, see `k_recover` for when it does not. Errors: ValueError where a value exceeds what the
 type's scales can hold (the limit of each type below), naming row and column.
 """
 
@@ -33,7 +34,9 @@ from numpy.typing import NDArray
 
 from gptoss_convert.kernels import k_affine, k_symmetric
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.inputs import prepare, refuse_size
 from gptoss_convert.kernels.k_bytes import pack, unpack
+from gptoss_convert.kernels.k_recover import recover
 from gptoss_convert.kernels.lanes import (
     F0,
     F16_MAX,
@@ -43,9 +46,7 @@ from gptoss_convert.kernels.lanes import (
     first_above,
     gather,
     gather_cyclic,
-    importance_blocks,
     nearest,
-    refuse_size,
 )
 
 BLOCK = 256
@@ -74,7 +75,8 @@ class _Affine:
 
 @dataclass(frozen=True)
 class _Symmetric:
-    """`bits` of q, the least integer scale; what is tried, see `k_symmetric`: factors, scales, scales again; signs."""
+    """`bits` of q, the least integer scale; what is tried, see `k_symmetric`: factors, starts, scales, scales again;
+    signs."""
 
     bits: int
     least: int
@@ -92,11 +94,17 @@ _SHIFTED = [(width, shift) for shift in (0.5, 1, -0.5) for width in (0, -0.5, 0.
 _FEW, _MANY = np.array(_WIDTHS, np.float32), np.array([*_WIDTHS, (-1.5, 0), (-2, 0), *_SHIFTED], np.float32)
 _2_BITS = ((_FEW, _f32(1), _nearest_first(6), _moves(2, 2)), (_MANY, _f32(1, 0.75), _nearest_first(6), _moves(2, 2)))
 _4_BITS = ((_MANY, _f32(1), _nearest_first(12), _moves(2, 2)), (_MANY, _f32(1), _nearest_first(12), _moves(3, 3)))
-_5_BITS = ((_FEW, _f32(1), _nearest_first(12), _moves(2, 2)), (_MANY, _f32(1), _nearest_first(12), _moves(3, 3)))
-_3_FACTORS = _f32(4, 3.5, 4.5, -3.5, 3, 5, -3, 3.75, 4.25, 2.5)
-_3_BITS = ((_3_FACTORS[:4], _nearest_first(4), _nearest_first(1)), (_3_FACTORS, _nearest_first(8), _nearest_first(8)))
+_5_BITS = ((_MANY, _f32(1), _nearest_first(12), _moves(2, 2)), (_MANY, _f32(1), _nearest_first(12), _moves(3, 3)))
+_3_FACTORS = _f32(4, 3.5, 4.5, -3.5, 3, 5, -3, 3.75, 4.25, 2.5, 3.9, 4.1, 4.35)
+_3_BITS = (
+    (_f32(4, 3.5, 4.5, -3.5, 3), _f32(1), _nearest_first(4), _nearest_first(1)),
+    (_3_FACTORS, _f32(1, 0.985, 0.97, 0.955), _nearest_first(8), _nearest_first(8)),
+)
 _6_FACTORS = _f32(32, *(32 + 0.64 * i for i in range(-6, 7) if i))
-_6_BITS = ((_6_FACTORS, _nearest_first(8), _nearest_first(2)), (_6_FACTORS, _nearest_first(8), _nearest_first(4)))
+_6_BITS = (
+    (_6_FACTORS, _f32(1), _nearest_first(8), _nearest_first(2)),
+    (_6_FACTORS, _f32(1), _nearest_first(8), _nearest_first(2)),
+)
 
 Q2_K = _Affine(2, 15, 16, 84, _2_BITS)
 Q4_K = _Affine(4, 63, 32, 144, _4_BITS)
@@ -137,9 +145,9 @@ def q6_k_encode(values: F32, importance: F32 | None = None) -> U8:
 
 
 def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
-    parts = np.ascontiguousarray(values).reshape(-1, kind.size)
+    values, w, tile = prepare(values, importance, kind.size, BLOCK)
+    parts = values.reshape(-1, kind.size)
     out = np.empty((parts.size // BLOCK, kind.block_bytes), np.uint8)
-    w, tile = importance_blocks(importance, kind.size)
     x, q = np.empty((kind.size, LANES), np.float32), np.empty((kind.size, LANES), np.uint8)
     s, best = np.empty((24, LANES), np.float32), np.empty((4, LANES), np.float32)
     high, top, limit = np.float32(2**kind.bits - 1), np.float32(kind.top), np.float32(kind.top * F16_MAX)
@@ -148,6 +156,7 @@ def _encode_affine(values: F32, importance: F32 | None, kind: _Affine) -> U8:
         x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, kind.size)
+    recover(parts, F0, high, F0, top, out)
     return out.reshape(values.shape[0], -1)
 
 
@@ -181,25 +190,26 @@ def _affine(
 
 
 def _encode_symmetric(values: F32, importance: F32 | None, kind: _Symmetric) -> U8:
-    parts = np.ascontiguousarray(values).reshape(-1, 16)
+    values, w, tile = prepare(values, importance, 16, BLOCK)
+    parts = values.reshape(-1, 16)
     out = np.empty((parts.size // BLOCK, kind.block_bytes), np.uint8)
-    w, tile = importance_blocks(importance, 16)
     x, q = np.empty((16, LANES), np.float32), np.empty((16, LANES), np.uint8)
     s, best = np.empty((12, LANES), np.float32), np.empty((2, LANES), np.float32)
     half, weighted = 2 ** (kind.bits - 1), importance is not None
     ends, limit = np.array([kind.least, -kind.least - 1], np.float32), np.float32(-kind.least * half * F16_MAX)
     bad = _symmetric(
-        parts, w, np.float32(-half), ends, limit, *kind.tried[weighted], kind.signs[weighted],
+        parts, w, np.float32(-half), ends, limit, *kind.tried[weighted], kind.signs[weighted], 1 + weighted,
         x, tile, s, best, best.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, 16)
+    recover(parts, np.float32(-half), np.float32(half - 1), ends[0], ends[1], out)
     return out.reshape(values.shape[0], -1)
 
 
 @njit(**KERNEL)
 def _symmetric(
-    blocks: Any, importance: Any, low: Any, ends: Any, limit: Any, factors: Any, wide: Any, near: Any, signs: Any,
-    x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
+    blocks: Any, importance: Any, low: Any, ends: Any, limit: Any, factors: Any, starts: Any, wide: Any, near: Any,
+    signs: Any, rounds: Any, x: Any, w: Any, s: Any, best: Any, words: Any, flag: Any, q: Any, out: Any,
 ) -> Any:  # fmt: skip
     high = -low - np.float32(1)
     for first in range(0, blocks.shape[0], LANES):
@@ -209,7 +219,7 @@ def _symmetric(
         bad = first_above(x, limit)
         if bad >= 0:
             return first + bad
-        k_symmetric.encode_parts(x, w, low, high, ends, factors, wide, near, signs, flag, s, best)
+        k_symmetric.encode_parts(x, w, low, high, ends, factors, starts, wide, near, signs, rounds, flag, s, best)
         for k in range(LANES):
             unit = best[0, k] * best[1, k]
             s[0, k] = np.float32(1) / unit if unit != F0 else F0

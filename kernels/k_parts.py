@@ -8,9 +8,11 @@ import numpy as np
 from numba import njit
 
 from gptoss_convert.kernels.lane_sums import affine_sums, moments
-from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, bounds, lower, take
+from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, bounds, take
 
 F2 = np.float32(2)
+# What several spreads do exactly, rounding must not decide: parts of one kind get one scale, which the others share.
+_NOISE = np.float32(2**-18)
 _SINGULAR = np.float32(1e-5)  # below it, relatively, the determinant is rounding error: the q are all equal
 
 
@@ -40,9 +42,11 @@ def fit_parts(x: Any, w: Any, high: Any, spreads: Any, s: Any, scale: Any, minim
         affine_sums(x, w, inverse, base, high, q1, qx, qq)
         _line(low, base, sw, sv, q1, qx, qq, a, b)
         _losses(a, b, sw, sv, svv, q1, qx, qq, error)
-        take(error, least, a, scale)
-        take(error, least, b, minimum)
-        lower(error, least)
+        for k in range(LANES):
+            q1[k] = least[k] - _NOISE * svv[k]
+        take(error, q1, a, scale)
+        take(error, q1, b, minimum)
+        take(error, q1, error, least)
     for k in range(LANES):
         scale[k] = max(scale[k], F0)
     for k in range(LANES):

@@ -5,11 +5,12 @@
 Minimised is Σ w (x − decoded)² over each super-block, w the column's importance or 1:
 
 1. each part by itself, real-valued: the value of largest magnitude at −f for several f, with least-squares scales;
-2. d puts the largest scale at the end of its integers' range (the negative end, which reaches one further);
+2. d puts the largest scale at the negative end of its integers' range, which reaches one further; where another of the
+   opposite sign does not fit then, also at the positive end; with importance, also just inside the negative end;
 3. for this d, each part's scale among the neighbours of the rounded real one (and of its negative: the integers q are
    not symmetric), judged by the loss itself;
-4. d refitted by least squares to all integers at once, rounded to float16, and 3 repeated close to the last scales; a
-   super-block keeps the round that lost least.
+4. d refitted by least squares to all integers at once, rounded to float16, and 3 repeated close to the last scales, with
+   importance twice; a super-block keeps the round that lost least.
 
 Lanes of a tile (see `lanes`) are parts; sixteen consecutive ones make a super-block.
 """
@@ -27,6 +28,8 @@ from gptoss_convert.kernels.lanes import F0, KERNEL, LANES, TINY, coarse, f16, i
 F1 = np.float32(1)
 PARTS = 16  # lanes a super-block
 _KEEP_1 = np.float32(2**23 + 1)
+# What several factors do exactly, rounding must not decide: parts of one kind get one scale, which the others share.
+_MORE = np.float32(1 + 2**-14)
 _SIXTEENTH, _TWENTY_FOURTH = np.float32(1 / 16), np.float32(1 / 24)
 
 
@@ -46,7 +49,7 @@ def fit_parts(x: Any, w: Any, low: Any, high: Any, factors: Any, s: Any, scale: 
         for k in range(LANES):
             # With the best scale qx/qq, the loss is Σ w x² − qx²/qq.
             quotient = qx[k] / qq[k] if qq[k] > F0 else F0
-            better = quotient * qx[k] > most[k]
+            better = quotient * qx[k] > most[k] * _MORE
             most[k] = quotient * qx[k] if better else most[k]
             scale[k] = quotient if better else scale[k]
 
@@ -69,14 +72,30 @@ def power_of_two_parts(x: Any, low: Any, high: Any, flag: Any, s: Any, scale: An
 
 
 @njit(**KERNEL)
-def first_scale(scale: Any, least: Any, d: Any) -> None:
-    """Step 2; d of every super-block, repeated in each of its lanes. `least` is the negative end of the scales."""
+def first_scale(scale: Any, end: Any, flag: Any, d: Any) -> None:
+    """Step 2; d of every super-block with a flag, repeated in each of its lanes. The widest scale becomes `end`."""
     for start in range(0, LANES, PARTS):
-        widest = F0
+        widest, some = F0, False
         for k in range(start, start + PARTS):
+            some |= flag[k]
             if abs(scale[k]) > abs(widest):
                 widest = scale[k]
-        d[start : start + PARTS] = f16(widest / least)
+        if some:
+            d[start : start + PARTS] = f16(widest / end)
+
+
+@njit(**KERNEL)
+def first_integers(scale: Any, d: Any, ends: Any, flag: Any, a0: Any) -> Any:
+    """The integer nearest to each real scale. Where it is beyond the positive end, as only the negative one reaches as far
+    as d was made for, the integers q change their signs instead; these lanes are flagged; whether there are any."""
+    some = False
+    for k in range(LANES):
+        a0[k] = nearest(max(scale[k] / d[k], ends[0])) if d[k] != F0 else F0
+        flag[k] = a0[k] > ends[1]
+        if flag[k]:
+            a0[k] = max(-a0[k], ends[0])
+            some = True
+    return some
 
 
 @njit(**KERNEL)
@@ -124,29 +143,46 @@ def encode_parts(
     high: Any,
     ends: Any,
     factors: Any,
+    starts: Any,
     wide: Any,
     near: Any,
     signs: Any,
+    rounds: Any,
     flag: Any,
     s: Any,
     best: Any,
 ) -> None:
-    """Steps 1 to 4 of one tile. `ends` f32 [2]: least and largest scale; `best` f32 [2, 64] receives d and the scales."""
+    """Steps 1 to 4 of one tile. `ends` f32 [2]: least and largest scale; `best` f32 [2, 64] receives d and the scales.
+
+    `starts`: shares of the least scale at which the widest one is put; the first is 1, the others are searched less.
+    """
     room, scale, d, a, loss, a0, total = s[:6], s[6], s[7], s[8], s[9], s[10], s[11]
     fit_parts(x, w, low, high, factors, room, scale)
     if high > 24:
         power_of_two_parts(x, low, high, flag, room, scale)
-    first_scale(scale, ends[0], d)
-    for k in range(LANES):
-        a0[k] = nearest(max(scale[k] / d[k], ends[0])) if d[k] != F0 else F0
-        if a0[k] > ends[1]:  # only the negative end reaches as far; the integers q change their signs instead
-            a0[k] = max(-a0[k], ends[0])
+    flag[:] = True
+    first_scale(scale, ends[0], flag, d)
+    beyond = first_integers(scale, d, ends, flag, a0)
     search_scales(x, w, low, high, ends, d, wide, signs, room, a0, a, loss)
     keep(True, loss, total, d, a, best)
-    refit(x, w, low, high, a, room, d)
-    a0[:] = a
-    search_scales(x, w, low, high, ends, d, near, 1, room, a0, a, loss)
-    keep(False, loss, total, d, a, best)
+    if beyond:  # both signs reach as far
+        first_scale(scale, ends[1], flag, d)
+        first_integers(scale, d, ends, flag, a0)
+        search_scales(x, w, low, high, ends, d, wide, signs, room, a0, a, loss)
+        keep(False, loss, total, d, a, best)
+    for i in range(1, starts.size):
+        flag[:] = True
+        first_scale(scale, ends[0] * starts[i], flag, d)
+        first_integers(scale, d, ends, flag, a0)
+        search_scales(x, w, low, high, ends, d, wide[:3], 1, room, a0, a, loss)
+        keep(False, loss, total, d, a, best)
+    for turn in range(rounds):
+        if turn == 0:
+            d[:], a[:] = best[0], best[1]
+        refit(x, w, low, high, a, room, d)
+        a0[:] = a
+        search_scales(x, w, low, high, ends, d, near, 1, room, a0, a, loss)
+        keep(False, loss, total, d, a, best)
 
 
 @njit(**KERNEL)

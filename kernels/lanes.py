@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gptoss_convert.kernels.floats import F32
-
 LANES = 64
 F0 = np.float32(0)
 TINY = np.float32(1e-30)  # what is smaller divides to infinity; no float16 scale comes near it
@@ -180,26 +178,3 @@ def bounds(x: Any, low: Any, high: Any) -> None:
         for k in range(LANES):
             low[k] = min(low[k], x[j, k])
             high[k] = max(high[k], x[j, k])
-
-
-def importance_blocks(importance: F32 | None, block: int) -> tuple[F32 | None, F32 | None]:
-    """Importance f32 [C] or None → (one row's as [C/block, block], a tile for it), scaled to a mean of 1; or two None.
-
-    ValueError where one is negative or not finite.
-    """
-    if importance is None:
-        return None, None
-    if not (np.isfinite(importance).all() and (importance >= 0).all()):
-        raise ValueError("importance must be finite and not negative")
-    mean = float(importance.mean(dtype=np.float64)) or 1.0
-    scaled = np.ascontiguousarray(importance / mean, np.float32)
-    return scaled.reshape(-1, block), np.empty((block, LANES), np.float32)
-
-
-def refuse_size(block: int, values: F32, size: int, scale: str = "a float16 scale") -> None:
-    """Raise ValueError for the block (by its flat index, or −1 for none) whose values exceed what its scale can hold."""
-    if block < 0:
-        return
-    row, column = divmod(block * size, values.shape[1])
-    column += int(np.argmax(np.abs(values[row, column : column + size])))
-    raise ValueError(f"{values[row, column]:g} at row {row}, column {column} exceeds what {scale} can hold")

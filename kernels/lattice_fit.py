@@ -26,7 +26,8 @@ import numpy as np
 from numba import njit
 
 from gptoss_convert.kernels.floats import F32
-from gptoss_convert.kernels.lanes import F16_LEAST, F16_MAX, KERNEL, f16, importance_blocks, nearest, refuse_size
+from gptoss_convert.kernels.inputs import prepare, refuse_size
+from gptoss_convert.kernels.lanes import F16_LEAST, F16_MAX, KERNEL, f16, nearest
 from gptoss_convert.kernels.lattice import SUPER, Grid
 from gptoss_convert.kernels.lattice_bits import Packed
 from gptoss_convert.kernels.lattice_work import F1, SCALES, entry, evaluate, load, new_work, recover
@@ -49,8 +50,7 @@ def fit(values: F32, importance: F32 | None, grid: Grid, part: int, even: bool, 
     ValueError names row and column of a value beyond what a float16 d can reach.
     """
     rows, blocks, axes = values.shape[0], values.shape[1] // SUPER, grid.points.shape[1]
-    values = np.ascontiguousarray(values)
-    scaled, _ = importance_blocks(importance, SUPER)
+    values, scaled, _ = prepare(values, importance, SUPER)
     w = np.ones((blocks, SUPER), np.float32) if scaled is None else np.maximum(scaled, _LEAST_WEIGHT)
     w = np.ascontiguousarray(w.reshape(blocks, -1, axes).transpose(0, 2, 1)).reshape(blocks, SUPER)
     out = Packed(

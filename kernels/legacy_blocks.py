@@ -8,11 +8,14 @@
 
 d and m are float16. Nibbles: byte j holds element j low and j+16 high; fifth bit of element j: bit j, little-endian.
 
-The encoders minimise Σ w (x − decoded)² of each block, w the importance of the column or 1. Candidates for d put the
-value of largest magnitude at −f for a list of f (`_Symmetric.factors`), or spread the block's range over f steps; each is
-rounded to float16 before it is judged, the best is refitted by least squares, and what loses least is kept, the earliest
-on ties. The lists hold the f that make MXFP4-valued blocks exact in Q8_0, Q5_0 and Q5_1 (12 and 8 times a power of two: the
-magnitudes of MXFP4 are 2^k and 3·2^k), and those that give back a block that was decoded from the same type.
+A block that was decoded from the same type comes back exactly (`recover`); not always, where all its values and the scale
+have two significant bits at most, or d · q and m are further apart than float32's precision.
+
+The encoders minimise Σ w (x − decoded)² of each block, w the importance of the column or 1. Candidates for d put the value of
+largest magnitude at −f for a list of f (`_Layout.fast`, `wide`), or spread the block's range over f steps; each is rounded to
+float16 before it is judged, the best is refitted by least squares, and what loses least is kept, the earliest on ties. The
+lists hold the f that make MXFP4-valued blocks exact in Q8_0, Q5_0 and Q5_1 (12 and 8 times a power of two: the magnitudes of
+MXFP4 are 2^k and 3·2^k). With importance an offset is tried as float16 holds it and next to it, each with its best scale.
 """
 
 from __future__ import annotations
@@ -24,8 +27,16 @@ import numpy as np
 from numba import njit
 
 from gptoss_convert.kernels.block_bytes import pack, unpack
-from gptoss_convert.kernels.block_search import all_zero, by_loss, exact_affine, search_affine, search_symmetric
+from gptoss_convert.kernels.block_search import (
+    all_zero,
+    by_loss,
+    few_bits_affine,
+    search_affine,
+    search_symmetric,
+    settle_affine,
+)
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.inputs import prepare, refuse_size
 from gptoss_convert.kernels.lane_sums import affine_error, symmetric_error
 from gptoss_convert.kernels.lanes import (
     F0,
@@ -37,12 +48,11 @@ from gptoss_convert.kernels.lanes import (
     f16_bits,
     gather,
     gather_cyclic,
-    importance_blocks,
     invert,
     nearest,
     peaks,
-    refuse_size,
 )
+from gptoss_convert.kernels.recover import recover
 
 BLOCK = 32
 
@@ -94,11 +104,10 @@ def q8_0_encode(values: F32, importance: F32 | None = None) -> U8:
 
 
 def _encode_symmetric(values: F32, importance: F32 | None, layout: _Layout) -> U8:
-    values = np.ascontiguousarray(values)
+    values, w, tile = prepare(values, importance, BLOCK)
     blocks = values.reshape(-1, BLOCK)
     out = np.empty((len(blocks), layout.block_bytes), np.uint8)
     factors = np.array(layout.fast if importance is None else layout.wide, np.float32)
-    w, tile = importance_blocks(importance, BLOCK)
     low, high, limit = np.float32(layout.low), np.float32(layout.high), np.float32(-layout.low * F16_MAX)
     x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((9, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
     bad = _symmetric(
@@ -106,6 +115,8 @@ def _encode_symmetric(values: F32, importance: F32 | None, layout: _Layout) -> U
         layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, BLOCK)
+    thorough = importance is not None and not layout.exact
+    recover(blocks, layout.bits, low, high, thorough, x, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out)
     return out.reshape(values.shape[0], -1)
 
 
@@ -157,12 +168,11 @@ def q5_1_encode(values: F32, importance: F32 | None = None) -> U8:
 
 
 def _encode_affine(values: F32, importance: F32 | None, layout: _Layout) -> U8:
-    values = np.ascontiguousarray(values)
+    values, w, tile = prepare(values, importance, BLOCK)
     blocks = values.reshape(-1, BLOCK)
     out = np.empty((len(blocks), layout.block_bytes), np.uint8)
     pairs = [(f, 0) for f in layout.fast] if importance is None else [(f, c) for c in _SHIFTS for f in layout.wide]
     factors = np.array(pairs, np.float32)
-    w, tile = importance_blocks(importance, BLOCK)
     high, limit = np.float32(layout.high), np.float32(F16_MAX)
     x, s, q = (
         np.empty((BLOCK, LANES), np.float32),
@@ -174,6 +184,8 @@ def _encode_affine(values: F32, importance: F32 | None, layout: _Layout) -> U8:
         layout.bits, x, tile, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out,
     )  # fmt: skip
     refuse_size(bad, values, BLOCK)
+    thorough = importance is not None and not layout.exact
+    recover(blocks, layout.bits, F0, high, thorough, x, s, s.view(np.uint32), np.empty(LANES, np.bool_), q, out)
     return out.reshape(values.shape[0], -1)
 
 
@@ -193,11 +205,13 @@ def _affine(
                 return first + k
         some = exact.size > 0 and coarse(x, flag)
         if some:
-            exact_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9])
+            few_bits_affine(x, w, exact, high, low, span, s[5], s[6], inverse, s[7], s[8], s[9])
         if some and all_zero(s[7], flag):
             best[:], base[:] = s[5], s[6]
         else:
             search_affine(x, w, factors, rounds, high, low, span, best, base, inverse, s[8:])
+            if importance is not None:
+                settle_affine(x, w, high, best, base, inverse, s[8:])
             if some:
                 invert(best, inverse)
                 affine_error(x, w, best, inverse, base, high, s[8])

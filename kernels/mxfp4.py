@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from gptoss_convert.kernels import e2m1
 from gptoss_convert.kernels.floats import F32, U8, U16
-from gptoss_convert.kernels.lanes import KERNEL, LANES, gather, gather_cyclic, importance_blocks, sizes
+from gptoss_convert.kernels.inputs import prepare
+from gptoss_convert.kernels.lanes import KERNEL, LANES, gather, gather_cyclic, sizes
 
 BLOCK = 32
 CODE_BYTES = BLOCK // 2
@@ -168,14 +169,14 @@ def encode(values: F32, importance: F32 | None = None) -> tuple[U8, U8]:
     next below are tried as well. Codes are the nearest, ties to the even code. Values that an MXFP4 block can hold come
     back exactly; a zero is +0, a block of zeros has scale 0. Finite values only, of any size.
     """
+    values, w, tile = prepare(values, importance, BLOCK)
     rows, columns = values.shape
     blocks = np.empty((rows, columns // BLOCK, CODE_BYTES), np.uint8)
     scales = np.empty((rows, columns // BLOCK), np.uint8)
-    w, tile = importance_blocks(importance, BLOCK)
     moves = np.array((0, 1) if importance is None else (0, 1, -1, -2))
     x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((4, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
     best = np.empty((2, LANES), np.int64)
-    flat = np.ascontiguousarray(values).reshape(-1, BLOCK)
+    flat = values.reshape(-1, BLOCK)
     _encode(
         flat,
         w,

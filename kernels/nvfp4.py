@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 
 from gptoss_convert.kernels import e2m1
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.inputs import prepare, refuse_size
 from gptoss_convert.kernels.lanes import (
     F0,
     KERNEL,
     LANES,
     gather,
     gather_cyclic,
-    importance_blocks,
-    refuse_size,
     sizes,
 )
 from gptoss_convert.kernels.mxfp4 import TWICE_E2M1
@@ -69,10 +68,9 @@ def nvfp4_encode(values: F32, importance: F32 | None = None) -> U8:
 
     ValueError for magnitudes above 2688; the caller divides by `tensor_scale` first. Parts below 2^-12 become zero.
     """
-    values = np.ascontiguousarray(values)
+    values, w, tile = prepare(values, importance, PART)
     parts = values.reshape(-1, PART)
     out = np.empty((len(parts) // 4, BLOCK_BYTES), np.uint8)
-    w, tile = importance_blocks(importance, PART)
     x, s, q = np.empty((PART, LANES), np.float32), np.empty((4, LANES), np.float32), np.empty((PART, LANES), np.uint8)
     with np.errstate(divide="ignore"):
         inverses = np.where(SCALES > 0, 1 / SCALES, 0).astype(np.float32)

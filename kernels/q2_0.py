@@ -16,6 +16,7 @@ from numba import njit
 
 from gptoss_convert.kernels.block_search import by_gain, refit
 from gptoss_convert.kernels.floats import F32, U8
+from gptoss_convert.kernels.inputs import prepare, refuse_size
 from gptoss_convert.kernels.lanes import (
     F16_MAX,
     KERNEL,
@@ -23,11 +24,9 @@ from gptoss_convert.kernels.lanes import (
     f16_bits,
     gather,
     gather_cyclic,
-    importance_blocks,
     invert,
     nearest,
     peaks,
-    refuse_size,
 )
 
 BLOCK = 64
@@ -38,11 +37,10 @@ _FACTORS = np.array([-2, -2.5, -3.2, 2, 2.5, 1.6, 1], np.float32)  # minus where
 
 def q2_0_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 64, importance f32 [C] or None → uint8 [R, C/64·18]; ValueError above 65504."""
-    values = np.ascontiguousarray(values)
+    values, w, tile = prepare(values, importance, BLOCK)
     blocks = values.reshape(-1, BLOCK)
     out = np.empty((len(blocks), BLOCK_BYTES), np.uint8)
     rounds = 0 if importance is None else 1
-    w, tile = importance_blocks(importance, BLOCK)
     x, s, q = np.empty((BLOCK, LANES), np.float32), np.empty((7, LANES), np.float32), np.empty((BLOCK, LANES), np.uint8)
     bad = _encode(blocks, w, _FACTORS, rounds, np.float32(F16_MAX), x, tile, s, s.view(np.uint32), q, out)
     refuse_size(bad, values, BLOCK)

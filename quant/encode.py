@@ -21,11 +21,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gptoss_convert.errors import Refused
-from gptoss_convert.kernels import int_rows, mxfp4, nvfp4, q_blocks
+from gptoss_convert.errors import BadInput, Refused
+from gptoss_convert.kernels import gain, int_rows, mxfp4, nvfp4, q_blocks
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
 from gptoss_convert.kernels.floats import F32, U8, first_nonfinite
+from gptoss_convert.kernels.inputs import Unfit, require_finite
 
 EXPERT_CODECS = ("mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32")
 DENSE_CODECS = ("bf16", "f16", "f32", "q8_0")
@@ -42,10 +43,18 @@ def fate(source: str, target: str) -> str:
     return "widened exactly" if (source, target) in widening else f"rounded to {target}"
 
 
-def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0, importance: F32 | None = None) -> U8:
+def encode(
+    chunk: Chunk,
+    codec: str,
+    tensor: str,
+    first_row: int = 0,
+    importance: F32 | None = None,
+    keep_gain: bool = False,
+) -> U8:
     """A chunk of R rows → uint8 [R, row bytes] of the codec. `tensor` and `first_row` name the place in errors.
 
-    importance: f32 [C], how much an error in each column matters; None: all alike.
+    importance: f32 [C], how much an error in each column matters; None: all alike. keep_gain: give each rounded row its gain back
+    (kernels/gain.py), which only calibrated rounding does.
     """
     if isinstance(chunk, Rows) and chunk.encoding == codec:
         return chunk.data
@@ -63,7 +72,14 @@ def encode(chunk: Chunk, codec: str, tensor: str, first_row: int = 0, importance
             return int_rows.int8_g32_from_mxfp4(chunk.blocks, chunk.scales)
         if codec == "nvfp4":
             return _transcode_nvfp4(chunk, tensor, first_row, importance)
-    data = _by_rows(chunk, lambda values, row: _encode_values(values, codec, tensor, first_row + row, importance))
+
+    def rows_of(values: F32, row: int) -> U8:
+        data = _encode_values(values, codec, tensor, first_row + row, importance)
+        if not keep_gain or importance is None:
+            return data
+        return gain.restore_by_importance(data, codec, values, importance)
+
+    data = _by_rows(chunk, rows_of)
     if codec == "nvfp4":
         _refuse_faint(chunk, data, tensor, first_row)
     return data
@@ -157,15 +173,29 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F
         raise Refused("a codec that is only read", tensor=tensor, found=codec)
     try:
         return encoder(values, importance)
-    except ValueError as error:
-        r, c = divmod(int(np.abs(values).argmax()), values.shape[1])
+    except Unfit as error:
+        if not error.finite:
+            raise _not_finite(error, tensor, row) from error
         raise Refused(
             f"a value is too large for {codec}, whose scales are {'E4M3' if codec == 'nvfp4' else 'float16'}", tensor=tensor,
-            found=f"{values[r, c]:g} at row {row + r}, column {c}", remedy="choose mxfp4, bf16 or f32 for this tensor",
+            found=f"{error.value:g} at row {row + error.row}, column {error.column}",
+            remedy="choose mxfp4, bf16 or f32 for this tensor",
         ) from error  # fmt: skip
 
 
+def _not_finite(error: Unfit, tensor: str, row: int) -> BadInput:
+    return BadInput(
+        "a value is not a finite number", tensor=tensor,
+        found=f"{error.value:g} at row {row + error.row}, column {error.column}",
+        remedy="the source, or what computed these values, is at fault",
+    )  # fmt: skip
+
+
 def _round_float(values: F32, codec: str, tensor: str, row: int) -> U8:
+    try:
+        require_finite(values)
+    except Unfit as error:
+        raise _not_finite(error, tensor, row) from error
     data = encode_float(values, codec)
     at = first_nonfinite(data.view(np.uint32 if codec == "f32" else np.uint16), codec)
     if at >= 0:

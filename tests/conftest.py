@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's workers share the cores already; torch's threads would wait in turns
+
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -51,11 +51,8 @@ def test_mxfp4_valued_super_blocks_come_back_exactly(name: str, weighted: bool) 
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("kind", blocks.DATA)
-def test_a_second_encoding_loses_less_than_the_first(name: str, kind: str) -> None:
-    values = blocks.sample(kind, 3072)
-    first = CODECS[name].decode(blocks.encoded(name, values))
-    second = CODECS[name].decode(blocks.encoded(name, first))
-    assert blocks.relative_rms(first, second) <= 0.4 * blocks.relative_rms(values, first)
+def test_decoded_super_blocks_encode_to_the_same_values(name: str, kind: str) -> None:
+    blocks.check_again(name, blocks.sample(kind, 3072))
 
 
 @settings(max_examples=25, deadline=None)

@@ -45,7 +45,6 @@ def test_mxfp4_valued_blocks_come_back_exactly(name: str, weighted: bool) -> Non
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("kind", ["gaussian", "heavy"])
 def test_decoded_blocks_encode_to_the_same_values(name: str, kind: str) -> None:
-    # Blocks whose outermost code is far inside the range (they come of importance only) need not.
     blocks.check_again(name, blocks.sample(kind, 2880))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import ggml
 
-from gptoss_convert.errors import Refused
+from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
@@ -179,3 +179,13 @@ def test_floats_too_small_for_nvfp4_are_refused_and_a_few_small_ones_are_not() -
     values[::2] *= 1000
     read = CODECS["nvfp4"].decode(encode(rows("f32", values), "nvfp4", "t"))
     assert np.linalg.norm(read - values) < 0.15 * np.linalg.norm(values)
+
+
+@pytest.mark.parametrize("codec", ["q8_0", "iq3_xxs", "int8_g32", "mxfp4", "bf16", "f16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_is_refused_with_its_place(codec: str, bad: float) -> None:
+    values = np.ones((130, 256), np.float32)
+    values[100, 77] = bad
+    with pytest.raises(BadInput, match="not a finite number") as error:
+        encode(rows("f32", values), codec, "t", first_row=1000)
+    assert error.value.found == f"{bad:g} at row 1100, column 77"
