@@ -1,8 +1,8 @@
 """Restoring a row's gain: rounding to the nearest shrinks, and every row shrinks alike.
 
-An encoder that minimises Σ w (x − q)² leaves an error that is uncorrelated with q, not with x: Σ w x q < Σ w x². At two bits that is
-7 % of every output, in the same direction in every matrix, which a random error of the same size is not: it adds up through gate,
-up, down and the layers. Multiplying a row's scales by
+An encoder that minimises Σ w (x − q)² leaves an error that is uncorrelated with q, not with x: Σ w x q < Σ w x². At two bits
+that is 7 % of every output, in the same direction in every matrix, which a random error of the same size is not: it adds up
+through gate, up, down and the layers. Multiplying a row's scales by
 
     factor = Σ w x² / Σ w x q      (or, with a Hessian H, x H xᵀ / x H qᵀ)
 
@@ -29,7 +29,7 @@ LEAST, MOST = 0.8, 1.5  # a factor beyond says that the row is not held at all
 
 
 def restore(rows: U8, codec: str, wanted: NDArray[np.float64], held: NDArray[np.float64]) -> U8:
-    """Rows uint8 [R, row bytes] with their scales multiplied by wanted / held, [R] each; unchanged where the codec's cannot be."""
+    """Rows uint8 [R, row bytes], their scales times wanted / held, [R] each; as they are where the codec's cannot take it."""
     places, short = _F16.get(codec), False
     if places is None:
         places, short = _BF16.get(codec, ()), True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's workers share the cores already; torch's threads would wait in turns
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores already: torch's threads would wait in turns
 
 import shutil
 from collections.abc import Callable, Iterator

@@ -129,7 +129,8 @@ def test_in_other_widths_it_is_encoded_anew_and_said_so(folder: Path, tmp_path: 
     options = Options(to="gguf", type="q2_k_s" if widths == "512x768" else "mxfp4", widen=widths, allow_larger=True)
     outcome = convert(folder / name, tmp_path / "x.gguf", options, silent)
     codec = TYPES[str(options.type)].codecs["embedding"]
-    assert verdicts(outcome)[EMBEDDING] == "different"
+    # What comes of the same codec is encoded to the same values, though in other blocks to other bytes.
+    assert verdicts(outcome)[EMBEDDING] == ("value-equal" if widths == "512x768" else "different")
     rows = foresee(folder / name, tmp_path / "y.gguf", options)["tensors"]
     assert {row["tensor"]: row["fate"] for row in rows}["token_embd.weight"] == f"rounded to {codec}"
 

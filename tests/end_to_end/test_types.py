@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,4 +69,5 @@ def test_every_type_runs_in_llama_cpp_and_stays_near_the_source(distances: dict[
 @pytest.mark.parametrize("family", FAMILIES, ids=" > ".join)
 def test_more_bits_of_a_family_are_never_worse(distances: dict[str, float], family: tuple[str, ...]) -> None:
     found = [distances[name] for name in family]
-    assert found == sorted(found), dict(zip(family, found, strict=True))
+    # Q6_K and Q5_K both hold MXFP4 values to the bit: what is left between them is llama.cpp rounding, 2e-6 of the distance.
+    assert all(a <= b * (1 + 1e-5) for a, b in pairwise(found)), dict(zip(family, found, strict=True))
