@@ -93,7 +93,7 @@ def measure(llama: Path, folder: Path, names: list[str], tokens: int) -> list[di
     for name in names:
         row: dict[str, Any] = {"type": name}
         for side, found in (("theirs", None), ("theirs, imatrix", imatrix)):
-            if name == "int4" or (found is None and name.startswith("iq2")):
+            if name == "int4" or (found is None and name.startswith(("iq2", "iq3_xxs"))):
                 continue
             target = folder / "theirs.gguf"
             theirs(llama, start, found, target, name)

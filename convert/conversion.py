@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import Value
 from gptoss_convert.formats.output import Output
+from gptoss_convert.kernels.floats import F32
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
 from gptoss_convert.quant.recipe import Recipe, named, read_recipe
 
@@ -89,11 +90,18 @@ def open_for(path: Path, options: Options) -> Source:
 
 
 def make_plan(
-    source: Source, target: Path, options: Options, keys: Sequence[tuple[str, Value]] = (), *, dry: bool = False
+    source: Source,
+    target: Path,
+    options: Options,
+    keys: Sequence[tuple[str, Value]] = (),
+    *,
+    dry: bool = False,
+    activations: Mapping[str, F32] | None = None,
 ) -> Plan:
     """The plan for these options, from headers alone, unless neurons are to be cut: which ones, the weights tell.
 
-    keys: more metadata for a GGUF; dry: the plan is only looked at, so that any neurons will do.
+    keys: more metadata for a GGUF; dry: the plan is only looked at, so that any neurons will do; activations: calibrated mean
+    squares, by which neurons are chosen instead (`cut.choose`).
     """
     if options.to == "gguf":
         _check_gguf_name(target, options)
@@ -111,7 +119,7 @@ def make_plan(
             split_bytes=options.split_bytes,
             stem=target.name if options.split_bytes else "",
             widening=widening,
-            neurons=first_ones if dry else lambda whole, width: choose(whole, width, threads),
+            neurons=first_ones if dry else lambda whole, width: choose(whole, width, threads, activations),
             more=keys,
         )
         plan.notes[:0] = notes
@@ -300,7 +308,8 @@ def _plan(source: Source, target: Path, options: Options, found: Calibration | N
         return make_plan(source, target, options)
     if options.base is not None:
         raise UsageError("--base keeps and rounds blocks by itself", remedy="leave --method out")
-    plan = make_plan(source, target, options, found.keys())
+    means = {name: inputs.mean for name, inputs in found.statistics.inputs.items()} if found.statistics else None
+    plan = make_plan(source, target, options, found.keys(), activations=means)
     found.put_into(plan)
     return plan
 

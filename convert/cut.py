@@ -50,8 +50,13 @@ def is_cut_to(source: Source, intermediate: int) -> bool:
     return source.kept is not None and source.kept[0].shape[1] == intermediate
 
 
-def choose(source: Source, intermediate: int, threads: int) -> Mapping[int, Kept]:
+def choose(
+    source: Source, intermediate: int, threads: int, activations: Mapping[str, F32] | None = None
+) -> Mapping[int, Kept]:
     """The neurons to keep, by layer: the `intermediate` most important of each expert, ties to the lower index.
+
+    activations: of each layer's down, the mean squares f32 [E, F] of its inputs, as calibrated. A neuron's importance then is
+    √(its mean square · ‖its column of down‖²), what it adds to the output on that text, and not a norm of weights alone.
 
     A source that was cut to this width keeps what it kept. Otherwise every expert is read, some rows at a time.
     """
@@ -62,7 +67,8 @@ def choose(source: Source, intermediate: int, threads: int) -> Mapping[int, Kept
 
     def decide(job: tuple[int, int]) -> None:
         layer, expert = job
-        scores = _importance(source, layer, expert)
+        known = None if activations is None else activations.get(layer_name(layer, DOWN))
+        scores = _importance(source, layer, expert, None if known is None else known[expert])
         if np.isnan(scores).any():  # would be dropped, and never be seen
             raise BadInput(
                 "a value is not a finite number", file=source.path, tensor=layer_name(layer, "mlp.experts"),
@@ -79,16 +85,17 @@ def choose(source: Source, intermediate: int, threads: int) -> Mapping[int, Kept
     return kept
 
 
-def _importance(source: Source, layer: int, expert: int) -> NDArray[np.float32]:
+def _importance(source: Source, layer: int, expert: int, activation: F32 | None) -> NDArray[np.float32]:
     """f32 [F]; rounded to float32, so that the last bit of a sum decides nothing."""
     gate_up, down = (source.views[layer_name(layer, name)] for name in (GATE_UP, DOWN))
     into = np.zeros(gate_up.stack[1])
     for start, values in _by_rows(gate_up, expert):
         into[start : start + len(values)] = np.einsum("rc,rc->r", values, values, dtype=np.float64)
+    size = into[0::2] + into[1::2] if activation is None else activation + 0 * into[0::2]  # a NaN is seen either way
     out = np.zeros(down.stack[2])
     for _, values in _by_rows(down, expert):
         out += np.einsum("rc,rc->c", values, values, dtype=np.float64)
-    scores: NDArray[np.float32] = np.sqrt(out * (into[0::2] + into[1::2])).astype(np.float32)
+    scores: NDArray[np.float32] = np.sqrt(out * size).astype(np.float32)
     return scores
 
 
@@ -284,4 +291,4 @@ class Restored:
 
 def describe(true: int, width: int) -> str:
     """The loss in words."""
-    return f"{true - width} of each expert's {true} neurons are dropped, the least important by weight norm"
+    return f"{true - width} of each expert's {true} neurons are dropped, the least important ones"

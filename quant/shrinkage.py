@@ -13,7 +13,7 @@ hidden states; it then is the mean over all of the layer's other tokens, m count
 
 An own mean square over n tokens has a relative variance of about 2/n, the others' a bias b² that no number of tokens mends; their
 best combination gives own tokens the weight n / (n + 2/b²), a constant in place of WORTH · m. The rule above bends it so that the
-extra passes end at 2·C; WORTH was chosen by the measurement in docs/measurements.md.
+extra passes end at 2·C. WORTH is a judgement, not a measurement.
 """
 
 from __future__ import annotations

@@ -172,6 +172,21 @@ def test_a_cut_file_is_smaller_and_says_what_it_lost(release: Path, tmp_path: Pa
     assert (tmp_path / "cut.gguf").stat().st_size < (tmp_path / "auto.gguf").stat().st_size
     with open_source(tmp_path / "cut.gguf") as made:
         assert made.config.intermediate == 288
-        assert made.losses == ["32 of each expert's 288 neurons are dropped, the least important by weight norm"]
+        assert made.losses == ["32 of each expert's 288 neurons are dropped, the least important ones"]
     certificate = (tmp_path / "cut.gguf.certificate.json").read_text()
     assert "32 of each expert's 288 neurons are dropped" in certificate
+
+
+def test_given_activations_the_neurons_that_add_least_on_the_text_go(release: Path) -> None:
+    random = np.random.default_rng(4)
+    with open_source(release) as source:
+        means = {
+            layer_name(1, DOWN): np.exp(3 * random.standard_normal((source.config.experts, 288))).astype(np.float32)
+        }
+        kept = choose(source, 256, threads=1, activations=means)
+        columns = source.views[layer_name(1, DOWN)].read(3, 0, 160).values().astype(np.float64)
+        plain = choose(source, 256, threads=1)
+    adds = np.sqrt(means[layer_name(1, DOWN)][3]) * np.linalg.norm(columns, axis=0)
+    assert set(range(288)) - set(kept[1][3].tolist()) == set(np.argsort(adds)[:32].tolist())
+    assert not np.array_equal(kept[1][3], plain[1][3])
+    assert np.array_equal(kept[0][3], plain[0][3])  # nothing is known of that layer

@@ -164,7 +164,7 @@ def test_a_cut_is_called_a_cut_and_the_dry_run_tells_the_loss(release: Path, tmp
         "experts cut from 288 to 256 neurons, widened from 160 to 256 columns, because blocks of 256 do not divide the rows; "
         "what is added is zeros and changes nothing"
     ]
-    assert plan["losses"] == ["32 of each expert's 288 neurons are dropped, the least important by weight norm"]
+    assert plan["losses"] == ["32 of each expert's 288 neurons are dropped, the least important ones"]
     asked = Options(to="gguf", type="f16", widen="160x256", allow_larger=True)
     assert foresee(release, tmp_path / "x.gguf", asked)["notes"] == [
         "experts cut from 288 to 256 neurons, as asked for"
