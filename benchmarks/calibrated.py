@@ -17,8 +17,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from gptoss_convert.convert.calibration import Wish  # noqa: E402
 from gptoss_convert.convert.compare import walk_both  # noqa: E402
 from gptoss_convert.convert.conversion import Options, convert  # noqa: E402
 from gptoss_convert.convert.names import canonical_shapes  # noqa: E402
+from gptoss_convert.convert.progress import silent  # noqa: E402
 from gptoss_convert.convert.source import open_source  # noqa: E402
 from gptoss_convert.convert.statistics import gguf_names  # noqa: E402
 from gptoss_convert.convert.texts import read_texts  # noqa: E402
@@ -41,12 +40,6 @@ GGUF_TYPES = (
 WIDE = "512x512"
 METHODS = ("round", "importance", "gptq")
 CONTEXT = 512
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    """No progress."""
-    yield lambda _: None
 
 
 def divergence(artifact: Path, tokens: int) -> dict[str, float]:

@@ -113,6 +113,7 @@ def read_values(source: Source, threads: int, progress: Callable[[int], None]) -
     lock = threading.Lock()
 
     def look(step: tuple[str, View, int, int, int]) -> None:
+        """Count what one run of rows holds."""
         name, view, expert, start, stop = step
         chunk = view.read(expert, start, stop)
         bad, nbytes = chunk.first_bad(), _nbytes(view, stop - start)

@@ -130,6 +130,7 @@ def _checked(tokenizer: Tokenizer, rows: int, path: object) -> Callable[[list[ha
     """Pieces, or text in which special tokens are parsed, to ids that the model has rows for."""
 
     def to_ids(text: list[harmony.Piece] | str) -> list[int]:
+        """Their ids, each below `rows`, or Refused."""
         if isinstance(text, str):
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         else:

@@ -245,6 +245,7 @@ class Witness:
         """vLLM: x @ codes[e] with [in, out], each output then times its scale."""
 
         def matrix(name: str) -> Matrix:
+            """One projection as what multiplies inputs [T, in] to outputs f64 [T, out]."""
             codes, scales = self._raw[stem + name], self._raw[f"{stem}{name}.weight_scale"]
             _, into, out = codes.shape
             scale = _numbers(scales, expert * out, out)

@@ -7,8 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores already: torch's threads would wait in turns
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +81,7 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 def convert() -> Callable[..., Any]:
     """`conversion.convert(path, target, Options(to, **options))`, silently."""
     from gptoss_convert.convert import conversion
-
-    @contextmanager
-    def silent(_: str, __: int) -> Iterator[Callable[[int], None]]:
-        yield lambda _: None
+    from gptoss_convert.convert.progress import silent
 
     def run(path: Path, target: Path, to: str, **options: Any) -> conversion.Outcome:
         return conversion.convert(path, target, conversion.Options(to, **options), silent)

@@ -66,9 +66,7 @@ class Widen(click.ParamType[str]):
     type=click.Choice(["auto", "bf16", "f16", "f32", "q8_0"]),
     help="GGUF: codec of embedding, head and attention. auto keeps the source's.",
 )
-@click.option(
-    "--type", "type_name", metavar="NAME", help="GGUF: a type by its known name: mxfp4, q3_k_m, q2_k, iq2_xs …"
-)
+@click.option("--type", metavar="NAME", help="GGUF: a type by its known name: mxfp4, q3_k_m, q2_k, iq2_xs …")
 @click.option("--recipe", type=click.Path(path_type=Path), help="GGUF: your own choice of codecs, a TOML file.")
 @click.option(
     "--widen",
@@ -111,28 +109,17 @@ class Widen(click.ParamType[str]):
 def command(
     src: str,
     out: Path,
-    to: str,
-    experts: str,
-    dense: str,
-    type_name: str | None,
-    recipe: Path | None,
-    widen: str,
-    allow_larger: bool,
     base: str | None,
     split_size: int | None,
-    threads: int,
-    name: str | None,
-    tokenizer: Path | None,
-    gate_proj: str | None,
     dry_run: bool,
     no_proof: bool,
-    overwrite: bool,
     method: str,
     calibration: str | None,
     device: str,
     context: int,
     tokens: int,
     as_json: bool,
+    **others: Any,
 ) -> None:
     """Convert SRC into OUT, and prove that OUT computes what SRC computes.
 
@@ -146,24 +133,12 @@ def command(
     from gptoss_convert.convert.resolve import resolve_source
 
     path = resolve_source(src, progress)
-
     options = conversion.Options(
-        to=to,
-        experts=experts,
-        dense=dense,
-        type=type_name,
-        recipe=recipe,
-        widen=widen,
-        allow_larger=allow_larger,
         base=resolve_source(base, progress) if base else None,
         split_bytes=split_size,
-        threads=threads,
         proof=not no_proof,
-        name=name,
-        tokenizer=tokenizer,
-        gate_proj=gate_proj,
-        overwrite=overwrite,
         rounding=Wish(method, calibration, device, context, tokens),
+        **others,  # options that are called the same there
     )
     if dry_run:
         forecast = conversion.foresee(path, out, options)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gptoss_convert.convert import calibrate as calibrating
 from gptoss_convert.convert import forward
 from gptoss_convert.convert.calibrate import calibrate
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Statistics, read_statistics
 from gptoss_convert.convert.texts import Texts
@@ -27,11 +27,6 @@ from gptoss_convert.errors import BadInput
 from gptoss_convert.quant.shrinkage import own_weight
 
 SPEC = replace(SMALL, experts=8)
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

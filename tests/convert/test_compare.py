@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +17,13 @@ from gptoss_convert.cli import main
 from gptoss_convert.cli.compare import command
 from gptoss_convert.convert.compare import Scores, compare, judge, parse_gate, scored_positions
 from gptoss_convert.convert.conversion import Options, convert
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.texts import read_texts
 from gptoss_convert.errors import BadInput, UsageError
 
 SPEC = replace(STEADY, layers=2, heads=4, experts_per_token=2)
 TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 12
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

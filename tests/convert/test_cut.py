@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,17 +15,13 @@ from gptoss_convert.convert import cut as cut_module
 from gptoss_convert.convert.conversion import Options, convert, foresee
 from gptoss_convert.convert.cut import choose, cut, dropped_list, kept_from, restore
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.views import Packed, Stack, Stored, View
 from gptoss_convert.errors import BadInput
 from gptoss_convert.kernels.chunks import Chunk
 
 SPEC = replace(STEADY, heads=4, intermediate=288)
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,10 @@ RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
 
 DRIVER = """
 import json, sys
-from contextlib import contextmanager
 from pathlib import Path
 from gptoss_convert.convert import conversion
+from gptoss_convert.convert.progress import silent
 
-@contextmanager
-def silent(*_):
-    yield lambda _: None
 
 sources, target, threads, runs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 for source, name, to, more in runs:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +16,13 @@ from gptoss_convert.cli.plan import command
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.cut import first_ones
 from gptoss_convert.convert.forecast import Forecaster
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.target_gguf import plan_gguf
 from gptoss_convert.errors import Refused
 from gptoss_convert.quant.recipe import TYPES
 
 SPEC = replace(STEADY, heads=4, intermediate=288)  # 4 · 64 columns into attention's output, which no widening changes
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from support.layouts import LAYOUTS, write_layout
 from gptoss_convert.convert import forward
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.forward import Store, Walk, Weights
-from gptoss_convert.convert.progress import Advance
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.kernels import layer as maths
@@ -103,10 +103,3 @@ def test_mxfp4_decoded_in_torch_is_bit_equal_for_every_code_and_scale() -> None:
         wanted = mxfp4.decode(blocks, scales)
     found = maths.decode_mxfp4(torch.from_numpy(blocks), torch.from_numpy(scales)).numpy()
     assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
-
-
-def silent(_label: str, _total: int):  # type: ignore[no-untyped-def]
-    from contextlib import nullcontext
-
-    quiet: Advance = lambda _: None  # noqa: E731
-    return nullcontext(quiet)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from support.tokenizer import small_tokenizer
 from gptoss_convert.convert.conversion import Options, convert, foresee, make_plan
 from gptoss_convert.convert.cut import first_ones
 from gptoss_convert.convert.gguf_widths import DESCRIPTION, OURS
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.target_gguf import FILE_TYPE, plan_gguf
 from gptoss_convert.errors import BadInput, Refused
@@ -29,11 +28,6 @@ from gptoss_convert.quant.zeros import RUN
 
 SPEC = replace(STEADY, heads=4, intermediate=288)
 LATTICES = ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +14,13 @@ from support.checkpoints import STEADY, Model, write_hf
 
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.proof import Proof, prove
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.errors import ProofFailed
 
 SPEC = replace(STEADY, heads=4, intermediate=288)  # widened: 160 → 256 columns, 288 → 320
 Change = Callable[[np.ndarray], None]
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,13 @@ from support.checkpoints import AWKWARD, SMALL, SQUARE, Model, write_bf16, write
 
 from gptoss_convert.convert.conversion import Options, convert, foresee
 from gptoss_convert.convert.names import is_expert_matrix
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.rebase import count_blocks
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 
 TUNED = "model.layers.1.mlp.experts.down_proj"  # [E, in, out]
 Change = Callable[[str, torch.Tensor], None]
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +15,12 @@ from support.checkpoints import STEADY, Model, write_hf
 
 from gptoss_convert.convert.conversion import Options, Outcome, convert, foresee
 from gptoss_convert.convert.names import EMBEDDING, FINAL_NORM
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.widen import GAIN_ROUNDING, GAINS_ROUNDED, KEY_GAIN
 from gptoss_convert.quant.recipe import TYPES
 
 SPEC = replace(STEADY, heads=4, intermediate=288)
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 def made(source: Path, target: Path, **options: object) -> Outcome:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from gptoss_convert.convert.calibration import Wish
 from gptoss_convert.convert.conversion import Options
 from gptoss_convert.convert.forward import Walk, Weights
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.texts import Texts, read_texts
 from gptoss_convert.errors import Refused, UsageError
@@ -28,11 +27,6 @@ from gptoss_convert.kernels import gptq
 
 SPEC = replace(STEADY, layers=2, heads=4, experts_per_token=2)
 TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 25
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

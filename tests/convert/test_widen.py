@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from gptoss_convert.convert.names import (
     canonical_shapes,
     is_expert_matrix,
 )
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import Layout, Source, open_source
 from gptoss_convert.convert.views import Stack, View
 from gptoss_convert.convert.widen import (
@@ -46,11 +46,6 @@ from gptoss_convert.errors import Refused
 from gptoss_convert.kernels import layer as layer_maths
 from gptoss_convert.kernels.chunks import Rows
 from gptoss_convert.kernels.codecs import CODECS, encode_float
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @dataclass(frozen=True)

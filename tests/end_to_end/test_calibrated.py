@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +13,12 @@ from gptoss_convert.convert.calibration import Wish
 from gptoss_convert.convert.compare import compare
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.forward import Walk, Weights
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.texts import read_texts
 
 TRAINED = Path(__file__).parents[1] / "data" / "trained"
 TOKENS = 20480
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 def made(folder: Path, method: str, name: str = "q3_k_s") -> Path:

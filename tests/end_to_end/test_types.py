@@ -7,8 +7,6 @@ more bits are never worse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,6 +16,7 @@ from support.checkpoints import STEADY, Model, write_hf
 from support.llama import load
 
 from gptoss_convert.convert.conversion import Options, convert
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.quant.recipe import TYPES
 
 # 4 heads of 64 into attention's output: a multiple of 256, as the release's 4096 is, which no widening changes.
@@ -36,11 +35,6 @@ FAMILIES = (
     ("q3_k_l", "q3_k_m", "q3_k_s"),
     ("iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s"),
 )
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ multiples of 32 (measured: 5e-5 at most).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +16,9 @@ from support.checkpoints import STEADY, Model, write_hf
 from support.llama import load
 
 from gptoss_convert.convert.conversion import Options, convert
+from gptoss_convert.convert.progress import silent
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(0, 300, 32)]
-
-
-@contextmanager
-def silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @pytest.mark.parametrize(("experts", "dense", "bound"), [("f32", "f32", 1e-6), ("mxfp4", "bf16", 1e-3)])
