@@ -30,11 +30,12 @@ from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.names import DOWN, EMBEDDING, FINAL_NORM, GATE_UP, HEAD, canonical_shapes, layer_name
 from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import BadInput, UsageError
+from gptoss_convert.formats.output import reserve
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4
 
 I32 = NDArray[np.int32]
-SPILL_BYTES = 1 << 30
+SPILL_BYTES = 512 << 20
 TOKENS_AT_ONCE = 2048
 HEAD_BYTES = 512 << 20
 EMBEDDING_ROWS = 8192  # read at a time
@@ -106,7 +107,8 @@ class Store:
         self.spilled = 4 * tokens * width > limit
         if self.spilled:
             with tempfile.NamedTemporaryFile(dir=folder) as file:
-                array = np.memmap(file, np.float32, "w+", shape=(tokens, width))
+                reserve(file.fileno(), 4 * tokens * width, Path(file.name).parent)
+                array = np.memmap(file, np.float32, "r+", shape=(tokens, width))
         else:
             array = np.zeros((tokens, width), np.float32)  # type: ignore[assignment]
         self.data = torch.from_numpy(array)

@@ -338,6 +338,14 @@ def _is_ours(folder: Path) -> bool:
     return all(entry == journal or entry.suffix in _WRITTEN or entry.name in _WRITTEN for entry in entries)
 
 
+def reserve(fd: int, size: int, path: Path) -> None:
+    """Reserve a file's blocks, or CannotWrite: a mapped file on a full disk would end the process."""
+    try:
+        _allocate(fd, size)
+    except OSError as error:
+        raise _cannot(error, path) from error
+
+
 def _allocate(fd: int, size: int) -> None:
     """Reserve the blocks, so that a full disk shows now. Where the system cannot, at least look whether they are free."""
     if hasattr(os, "posix_fallocate"):

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import softmax
 
 ALPHA = 1.702
-QUERIES_AT_ONCE = 256  # scores are [B, H, QUERIES_AT_ONCE, keys]: what bounds attention's memory
+SCORES_AT_ONCE = 1 << 25  # of [B, H, queries, keys], four bytes each: what bounds attention's memory
+QUERIES_AT_ONCE = 256
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -72,8 +73,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
     k, v = k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]
     sink = sinks.reshape(1, k.shape[1], groups, 1, 1)
     out = []
-    for start in range(0, length, QUERIES_AT_ONCE):
-        stop = min(start + QUERIES_AT_ONCE, length)
+    at_once = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (batch * heads * length)))
+    for start in range(0, length, at_once):
+        stop = min(start + at_once, length)
         first = 0 if window is None else max(0, start - window + 1)
         scores = q[:, :, :, start:stop] @ k[:, :, :, first:stop].transpose(-1, -2)
         query = torch.arange(start, stop, device=q.device)[:, None]

@@ -16,7 +16,7 @@ from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.forward import Store, Walk, Weights
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
-from gptoss_convert.errors import BadInput, UsageError
+from gptoss_convert.errors import BadInput, CannotWrite, UsageError
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels import mxfp4
 
@@ -103,3 +103,20 @@ def test_mxfp4_decoded_in_torch_is_bit_equal_for_every_code_and_scale() -> None:
         wanted = mxfp4.decode(blocks, scales)
     found = maths.decode_mxfp4(torch.from_numpy(blocks), torch.from_numpy(scales)).numpy()
     assert np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+def test_activations_that_no_disk_can_hold_are_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match="not enough space"):
+        Store(1 << 40, 16, tmp_path, limit=1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_in_small_runs_of_queries_is_attention_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 37, heads, 8, generator=make) for heads in (6, 2, 2))
+    sinks = torch.randn(6, generator=make)
+    for window in (None, 5):
+        whole = maths.attention(q, k, v, sinks, window)
+        monkeypatch.setattr(maths, "SCORES_AT_ONCE", 3 * 2 * 6 * 37)
+        assert torch.allclose(maths.attention(q, k, v, sinks, window), whole, rtol=0, atol=1e-6)
+        monkeypatch.undo()
