@@ -12,6 +12,8 @@ matrix products may add up in another order elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +24,24 @@ from torch import Tensor
 
 from gptoss_convert import __version__
 from gptoss_convert.config import ModelConfig
-from gptoss_convert.convert.forward import Walk, Weights, choose_device
+from gptoss_convert.convert.forward import TOKENS_AT_ONCE, Walk, Weights, choose_device
+from gptoss_convert.convert.hessians import MARKER, Writer
+from gptoss_convert.convert.moments import F64, Moments, Sums
 from gptoss_convert.convert.names import DOWN, FINAL_NORM, GATE_UP, HEAD, layer_name
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Inputs, Layout, Statistics, lay_out, read_statistics, tensors_of
 from gptoss_convert.convert.texts import Texts
+from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels import layer as maths
-from gptoss_convert.quant.shrinkage import evenly, others_wanted, own_weight, shrink
+from gptoss_convert.quant.shrinkage import evenly, others_wanted, own_weight
 
 CONTEXT = 2048
 
 
-class Sums:
-    """Sums of squares f64 [C] and the count of some tokens' inputs."""
-
-    def __init__(self, columns: int) -> None:
-        self.total, self.count = np.zeros(columns, np.float64), 0
-
-    def add(self, inputs: Tensor) -> None:
-        """inputs: [T, C]."""
-        self.total += inputs.double().square().sum(0).cpu().numpy()
-        self.count += len(inputs)
-
-    @property
-    def mean(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """f64 [C]; zeros where nothing was counted."""
-        return self.total / max(self.count, 1)
+Keep = Callable[[int | None, str, int, int, Tensor], None]
+"""Takes a matrix's Hessian: layer (None: the head), name, expert, own tokens, mean of x xᵀ [C, C]."""
 
 
 def facts_of(source: Source, texts: Texts, context: int) -> dict[str, Any]:
@@ -64,54 +56,65 @@ def facts_of(source: Source, texts: Texts, context: int) -> dict[str, Any]:
     }
 
 
-def collect_layer(walk: Walk, layer: int) -> dict[str, Inputs]:
-    """Run one layer; returns the Inputs of its matrices."""
-    config = walk.config
-    attention, output = Sums(config.hidden), Sums(config.q_rows)
+def collect_layer(walk: Walk, layer: int, keep: Keep | None = None) -> dict[str, Inputs]:
+    """Run one layer; returns the Inputs of its matrices. keep: where their Hessians go, if they are wanted."""
+    config, device, full = walk.config, walk.weights.device, keep is not None
+    attention, output = Moments(config.hidden, device, full), Moments(config.q_rows, device, full)
     for _, _, h in walk.attention_inputs(layer):
         attention.add(h)
     for span, a in walk.attention_outputs(layer):
         output.add(a)
         walk.add_attention(span, layer, a)
     walk.choose(layer)
-    found = {layer_name(layer, f"self_attn.{p}_proj.weight"): _single(attention) for p in "qkv"}
-    found[layer_name(layer, "self_attn.o_proj.weight")] = _single(output)
-    gate_up, down = _experts(walk, layer)
+    o = layer_name(layer, "self_attn.o_proj.weight")
+    found = {layer_name(layer, f"self_attn.{p}_proj.weight"): _single(attention.squares) for p in "qkv"}
+    found[o] = _single(output.squares)
+    for name, moments in ((next(iter(found)), attention), (o, output)):
+        _keep(keep, layer, name, 0, moments.count, moments.mean()[1])
+    gate_up, down = _experts(walk, layer, keep)
     walk.weights.forget()
     return {**found, layer_name(layer, GATE_UP): gate_up, layer_name(layer, DOWN): down}
+
+
+def _keep(keep: Keep | None, layer: int | None, name: str, expert: int, own: int, hessian: Tensor | None) -> None:
+    if keep is not None and hessian is not None:
+        keep(layer, name, expert, own, hessian)
 
 
 def _single(sums: Sums) -> Inputs:
     return Inputs(sums.mean.astype(np.float32)[None], np.array([sums.count]), np.ones(1, np.float32))
 
 
-def _experts(walk: Walk, layer: int) -> tuple[Inputs, Inputs]:
+def _experts(walk: Walk, layer: int, keep: Keep | None) -> tuple[Inputs, Inputs]:
     config = walk.config
-    everything = Sums(config.hidden)
+    moments = partial(Moments, device=walk.weights.device, full=keep is not None)
+    names = [layer_name(layer, name) for name in (GATE_UP, DOWN)]
+    everything = moments(config.hidden)
     for _, u in walk.inputs(torch.arange(walk.tokens)):
         everything.add(u)
-    into, out, own = [], [], []
+    means: tuple[list[F64], list[F64]] = ([], [])
+    own = []
     for expert in range(config.experts):
         tokens, shares = walk.chosen(expert)
-        seen, acted = Sums(config.hidden), Sums(config.intermediate)
-        gate_up, down = (walk.weights.expert(layer_name(layer, name), expert) for name in (GATE_UP, DOWN))
+        seen, acted, others = moments(config.hidden), moments(config.intermediate), moments(config.intermediate)
+        gate_up, down = (walk.weights.expert(name, expert) for name in names)
         for part, u in walk.inputs(tokens):
             seen.add(u)
             activation = walk.activate(layer, expert, gate_up, u)
             acted.add(activation)
             walk.add(tokens[part], shares[part], walk.project(layer, expert, down, activation))
-        rest = Sums(config.hidden)
-        rest.total, rest.count = everything.total - seen.total, everything.count - seen.count
-        into.append(shrink(seen.mean, rest.mean, seen.count, config.hidden) if rest.count else seen.mean)
-        others = Sums(config.intermediate)
         for _, u in walk.inputs(other_tokens(walk, expert, others_wanted(len(tokens), config.intermediate))):
             others.add(walk.activate(layer, expert, gate_up, u))
-        out.append(shrink(acted.mean, others.mean, acted.count, config.intermediate) if others.count else acted.mean)
+        for name, mean, mine, rest in zip(names, means, (seen, acted), (everything.without(seen), others), strict=True):
+            squares, hessian = mine.shrunk(rest)
+            mean.append(squares)
+            _keep(keep, layer, name, expert, len(tokens), hessian)
         own.append(len(tokens))
-    return (
-        Inputs(np.array(into, np.float32), np.array(own), _weights(own, config.hidden)),
-        Inputs(np.array(out, np.float32), np.array(own), _weights(own, config.intermediate)),
+    into, out = (
+        Inputs(np.array(mean, np.float32), np.array(own), _weights(own, columns))
+        for mean, columns in zip(means, (config.hidden, config.intermediate), strict=True)
     )
+    return into, out
 
 
 def _weights(own: list[int], columns: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -124,13 +127,15 @@ def other_tokens(walk: Walk, expert: int, count: int) -> Tensor:
     return rest[torch.from_numpy(evenly(count, len(rest)))]
 
 
-def final_inputs(walk: Walk) -> Inputs:
+def final_inputs(walk: Walk, keep: Keep | None = None) -> Inputs:
     """Of the head: the normed stream after the last layer."""
-    sums = Sums(walk.config.hidden)
+    moments = Moments(walk.config.hidden, walk.weights.device, keep is not None)
     gain = walk.weights.dense(FINAL_NORM)
-    for start in range(0, walk.tokens, 2048):
-        sums.add(maths.rms_norm(walk.x[start : start + 2048].to(gain.device), gain, walk.config.rms_eps))
-    return _single(sums)
+    for start in range(0, walk.tokens, TOKENS_AT_ONCE):
+        x = walk.x[start : start + TOKENS_AT_ONCE].to(gain.device)
+        moments.add(maths.rms_norm(x, gain, walk.config.rms_eps))
+    _keep(keep, None, HEAD, 0, moments.count, moments.mean()[1])
+    return _single(moments.squares)
 
 
 def collect(
@@ -160,38 +165,57 @@ def calibrate(
     *,
     context: int = CONTEXT,
     device: str = "cpu",
+    hessians: Path | None = None,
     overwrite: bool = False,
     gate_proj: str | None = None,
     tokenizer: Path | None = None,
     show: ShowProgress,
 ) -> tuple[Statistics, ModelConfig]:
-    """Run the text that `read` makes for the source through it and write the statistics file."""
+    """Run the text that `read` makes for the source through it and write the statistics file, and the folder of Hessians."""
     target = target.absolute()
     with (
         Output(target, folder=False, overwrite=overwrite) as output,
+        _folder(hessians, target, overwrite) as folder,
         open_source(path, gate_proj=gate_proj, tokenizer=tokenizer) as source,
     ):
         source.require_sound()
         texts = read(source)
-        layout = lay_out(source.config, facts_of(source, texts, context), source.wide)
-        journal = output.open(_digest(source, layout, device), [(target.name, layout.size)])
+        facts = facts_of(source, texts, context)
+        layout = lay_out(source.config, facts, source.wide)
+        digest = _digest(source, layout, device)
+        writer = None if folder is None else Writer(folder, source.config, facts)
+        whole = source.config.layers if writer is None else writer.open(digest)
+        keep = None if writer is None else writer.put
+        journal = output.open(digest, [(target.name, layout.size)])
         output.write(target.name, 0, layout.head)
         walk = Walk(Weights(source, choose_device(device)), texts.sequences, output.partial)
-        first = _resume(walk, journal, output, layout)
+        first = _resume(walk, journal, output, layout, whole)
         with show("calibrate", source.config.layers) as advance:
             advance(first)
             if not first:
                 walk.embed()
             for layer in range(first, source.config.layers):
-                digest = _write(output, layout, collect_layer(walk, layer))
+                digest = _write(output, layout, collect_layer(walk, layer, keep))
+                if writer is not None:
+                    writer.finish(layer)
                 state = _save(walk, output, layer)
                 output.record({"layer": layer, "digest": digest, "state": state})
                 advance(1)
-        _write(output, layout, {HEAD: final_inputs(walk)})
+        _write(output, layout, {HEAD: final_inputs(walk, keep)})
         source.check_unchanged()
         config = source.config
+        if writer is not None:
+            writer.publish()
         output.publish()
     return read_statistics(target, config), config
+
+
+def _folder(hessians: Path | None, target: Path, overwrite: bool) -> AbstractContextManager[Output | None]:
+    if hessians is None:
+        return nullcontext()
+    if hessians.absolute() == target:
+        raise UsageError("the statistics and the Hessians need names of their own", found=hessians)
+    return Output(hessians.absolute(), folder=True, overwrite=overwrite, marker=MARKER)
 
 
 def _digest(source: Source, layout: Layout, device: str) -> str:
@@ -221,10 +245,12 @@ def _save(walk: Walk, output: Output, layer: int) -> str:
     return blake3.blake3(data.data).hexdigest()
 
 
-def _resume(walk: Walk, journal: list[dict[str, Any]], output: Output, layout: Layout) -> int:
-    """Take up after the last layer whose statistics, all layers' before it and stream are as journalled; returns how many."""
+def _resume(walk: Walk, journal: list[dict[str, Any]], output: Output, layout: Layout, most: int) -> int:
+    """Take up after the last layer whose statistics, all layers' before it and stream are as journalled; returns how many,
+    at most as many as there are Hessians of.
+    """
     done = 0
-    for record in journal:
+    for record in journal[:most]:
         if record.get("layer") != done or record.get("digest") != _digest_of(done, output, layout, walk.config):
             break
         done += 1

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     "--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none."
 )
 @click.option("--gate-proj", type=click.Choice(["deinterleaved", "halves"]), help="What gate_proj means in SRC.")
+@click.option(
+    "--hessians",
+    type=click.Path(path_type=Path),
+    help="Also write every matrix's full Hessian into this folder, a file a layer (20b: 27 GB).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
@@ -40,6 +45,7 @@ def command(
     device: str,
     tokenizer: Path | None,
     gate_proj: str | None,
+    hessians: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -61,15 +67,22 @@ def command(
 
     statistics, config = calibrate(
         resolve_source(src, progress), out, lambda source: read_texts(text, source, context, tokens), context=context,
-        device=device, overwrite=overwrite, gate_proj=gate_proj, tokenizer=tokenizer, show=progress,
+        device=device, hessians=hessians, overwrite=overwrite, gate_proj=gate_proj, tokenizer=tokenizer, show=progress,
     )  # fmt: skip
-    document = {"target": str(out), "facts": statistics.facts, "coverage": statistics.coverage(config)}
+    document = {
+        "target": str(out),
+        "hessians": hessians and str(hessians),
+        "facts": statistics.facts,
+        "coverage": statistics.coverage(config),
+    }
     emit(document, as_json, lambda console: _show(console, document))
 
 
 def _show(console: Console, document: dict[str, Any]) -> None:
     facts, found = document["facts"], document["coverage"]
     console.print(f"written   {document['target']}", markup=False)
+    if document["hessians"]:
+        console.print(f"hessians  {document['hessians']}", markup=False)
     console.print(
         f"text      {facts['text']}, {found['tokens']:,} tokens, digest {facts['text_digest'][:16]}", markup=False
     )

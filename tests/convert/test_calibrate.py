@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
+from support.activations import inputs_in_transformers
 from support.checkpoints import SMALL, STEADY, Model, write_hf
 
 from gptoss_convert.cli.calibrate import command
@@ -46,31 +45,9 @@ def run(checkpoint: Path, target: Path, found: Texts | None = None) -> Statistic
     return calibrate(checkpoint, target, lambda _: found or texts(), context=50, show=silent)[0]
 
 
-def reference(text: Texts) -> dict[str, list[np.ndarray]]:
-    """Mean squares by transformers, with hooks: of q's inputs, of o's, of the head's, and of each expert's own tokens."""
-    model = Model(SPEC).transformers()
-    seen: dict[str, list[np.ndarray]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _module, inputs, _output: seen.setdefault(name, []).append(inputs[0].detach().double().numpy())
-
-    layer = model.model.layers[1]
-    for name, module in (
-        ("q", layer.self_attn.q_proj),
-        ("o", layer.self_attn.o_proj),
-        ("head", model.lm_head),
-        ("mlp", layer.mlp.router),
-    ):
-        module.register_forward_hook(keep(name))
-    with torch.no_grad():
-        for sequence in text.sequences:
-            model(input_ids=torch.from_numpy(sequence.astype(np.int64))[None], use_cache=False)
-    return {name: [a.reshape(-1, a.shape[-1]) for a in found] for name, found in seen.items()}
-
-
 def test_means_of_squares_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
     text = texts()
-    found, wanted = run(checkpoint, tmp_path / "s.gguf", text), reference(text)
+    found, wanted = run(checkpoint, tmp_path / "s.gguf", text), inputs_in_transformers(Model(SPEC), text.sequences, 1)
     for name, key in (("self_attn.q_proj.weight", "q"), ("self_attn.o_proj.weight", "o")):
         mean = np.square(np.concatenate(wanted[key])).mean(axis=0)
         assert found.inputs[layer_name(1, name)].mean[0] == pytest.approx(mean, rel=1e-4, abs=1e-9)
@@ -80,7 +57,10 @@ def test_means_of_squares_are_those_of_the_model(checkpoint: Path, tmp_path: Pat
 
 def test_each_experts_own_tokens_are_told_apart_and_shrunk_towards_the_others(checkpoint: Path, tmp_path: Path) -> None:
     text = texts()
-    found, u = run(checkpoint, tmp_path / "s.gguf", text), np.concatenate(reference(text)["mlp"])
+    found, u = (
+        run(checkpoint, tmp_path / "s.gguf", text),
+        np.concatenate(inputs_in_transformers(Model(SPEC), text.sequences, 1)["mlp"]),
+    )
     model = Model(SPEC)
     router, bias = (model.tensors[f"block.1.mlp.gate.{n}"].double().numpy() for n in ("weight", "bias"))
     chosen = np.argsort(-(u @ router.T + bias), axis=1)[:, : SPEC.experts_per_token]
@@ -138,11 +118,11 @@ def test_a_killed_run_goes_on_after_the_last_finished_layer(
     run(checkpoint, tmp_path / "whole.gguf")
     real, worked = calibrating.collect_layer, []
 
-    def collect(walk: forward.Walk, index: int) -> dict[str, calibrating.Inputs]:
+    def collect(walk: forward.Walk, index: int, *more: object) -> dict[str, calibrating.Inputs]:
         worked.append(index)
         if index == layer and len(worked) == layer + 1:
             raise KeyboardInterrupt
-        return real(walk, index)
+        return real(walk, index, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(calibrating, "collect_layer", collect)
     with pytest.raises(KeyboardInterrupt):
@@ -158,10 +138,10 @@ def test_a_spoilt_stream_is_not_gone_on_from(checkpoint: Path, tmp_path: Path, m
     run(checkpoint, tmp_path / "whole.gguf")
     real = calibrating.collect_layer
 
-    def collect(walk: forward.Walk, index: int) -> dict[str, calibrating.Inputs]:
+    def collect(walk: forward.Walk, index: int, *more: object) -> dict[str, calibrating.Inputs]:
         if index == 2:
             raise KeyboardInterrupt
-        return real(walk, index)
+        return real(walk, index, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(calibrating, "collect_layer", collect)
     with pytest.raises(KeyboardInterrupt):
