@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gptoss_convert import __version__
 from gptoss_convert.config import ModelConfig
-from gptoss_convert.convert.forward import TOKENS_AT_ONCE, Walk, Weights, choose_device
+from gptoss_convert.convert.forward import Walk, Weights, choose_device
 from gptoss_convert.convert.hessians import MARKER, Writer
 from gptoss_convert.convert.moments import F64, Moments, Sums
 from gptoss_convert.convert.names import DOWN, FINAL_NORM, GATE_UP, HEAD, layer_name
@@ -32,6 +32,7 @@ from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Inputs, Layout, Statistics, lay_out, read_statistics, tensors_of
 from gptoss_convert.convert.texts import Texts
+from gptoss_convert.convert.walk_memory import TOKENS_AT_ONCE
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels import layer as maths

@@ -26,6 +26,7 @@ from gptoss_convert.convert.plan import OutFile, Plan
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.statistics import Statistics, read_statistics
+from gptoss_convert.convert.walk_memory import walk_bytes
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.gguf import Value, ValueType, array, build_header, header_bytes, string
 from gptoss_convert.quant.shrinkage import own_weight
@@ -68,6 +69,12 @@ class Wish:
                 "gptq needs the text itself: a layer's inputs come from the layers that are rounded already", found=self.text,
                 remedy="give the text, or --method importance",
             )  # fmt: skip
+
+    def memory(self, config: ModelConfig) -> int:
+        """Bytes that calibration holds at most; 0 where nothing is computed."""
+        if self.method == "round" or self.from_statistics:
+            return 0
+        return walk_bytes(config, self.tokens, self.context, gptq=self.method == "gptq")
 
     @property
     def from_statistics(self) -> bool:

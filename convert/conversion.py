@@ -19,9 +19,13 @@ from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_na
 from gptoss_convert.convert.companions import ReadOnce
 from gptoss_convert.convert.cut import choose, first_ones
 from gptoss_convert.convert.forecast import require_sense
-from gptoss_convert.convert.names import is_expert_matrix
-from gptoss_convert.convert.own_encodings import AUTO, auto_recipe, own_encoding, require_bits_kept, stored_part
-from gptoss_convert.convert.plan import Plan, Slot, Step, make_steps, peak_memory, threads_within
+from gptoss_convert.convert.own_encodings import (
+    AUTO,
+    auto_recipe,
+    require_bits_kept,
+    require_rounding,
+)
+from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory, threads_within
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
 from gptoss_convert.convert.rebase import Base, count_blocks, rebase, require_mxfp4_experts
@@ -30,19 +34,16 @@ from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_compressed import plan_int4, plan_int8, plan_int8_g32
 from gptoss_convert.convert.target_gguf import gguf_tensors, plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
-from gptoss_convert.convert.views import View, read_encoding
-from gptoss_convert.convert.widen import Wide
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import Value
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels.floats import F32
-from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS, fate
+from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS
 from gptoss_convert.quant.recipe import Recipe, named, read_recipe
 
 TARGETS = ("gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32")
 MAX_RECIPE_BYTES = 1 << 20
-REBASED_FATE = "unchanged blocks keep the base's bytes, changed ones rounded to mxfp4 where they are not already"
 
 
 @dataclass(frozen=True)
@@ -222,49 +223,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def forecast(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
-    """The dry run's answer: sizes, memory, and every tensor's fate."""
-    threads = thread_count(plan, options.threads)
-    return {
-        "target": plan.target,
-        "options": plan.options,
-        "source": {"layout": str(source.layout), "losses": source.losses, "notes": source.notes},
-        "output_bytes": plan.output_bytes,
-        "peak_memory_bytes": peak_memory(plan, threads),
-        "threads": threads,
-        "files": [{"name": f.name, "size": f.size} for f in plan.files]
-        + [{"name": name, "size": len(data)} for name, data in sorted(plan.small.items())],
-        "tensors": [
-            {
-                "source": name,
-                "from": own_encoding(source.views[name], slot.part),
-                "tensor": slot.name,
-                "codec": slot.codec,
-                "shape": list(slot.shape),
-                "bytes": plan.places[slot.name].nbytes,
-                "fate": REBASED_FATE
-                if options.base is not None and is_expert_matrix(name)
-                else _fate(plan.source.views[name], slot),
-            }
-            for name, slots in plan.slots.items()
-            for slot in slots
-        ],
-        "notes": plan.notes,
-        "losses": plan.losses,
-    }
-
-
-def _fate(view: View, slot: Slot) -> str:
-    """view: of the plan's source, in the output's widths."""
-    encoding = read_encoding(view) if stored_part(view, slot.part, slot.codec) is None else slot.codec
-    if slot.codec in ("blocks", "scales"):
-        return "bits kept" if encoding == "mxfp4" else "rounded to mxfp4 where it is not already"
-    if isinstance(view, Wide) and view.factor != 1.0:
-        return "scaled by the widening"
-    moved = encoding == slot.codec == "mxfp4"
-    return "bits moved" if moved else fate(encoding, slot.codec)
-
-
 def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> Outcome:
     """Convert; the artifact, proved, stands under its name when this returns."""
     target = target.absolute()
@@ -273,12 +231,16 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         Output(target, folder=folder, overwrite=options.overwrite) as output,
         open_for(path, options) as source,
         _noticing_changes(source),
-        _base(options) as release,
+        open_base(options) as release,
     ):
         _protect_inputs(target, path, options, *(s for s in (source, release) if s is not None))
         with SourceHashing(source) as hashing, _hashing(release) as base_hashing:
-            found = calibration(source, options.rounding, show)
-            plan = _plan(source if release is None else rebase(source, release), target, options, found)
+            whole = source if release is None else rebase(source, release)
+            found = None
+            if is_calibrated(options):
+                require_rounding(make_plan(whole, target, options, dry=True), options.rounding.method)
+                found = calibration(source, options.rounding, show)
+            plan = _plan(whole, target, options, found)
             threads = thread_count(plan, options.threads)
             prepare = _gptq(plan, options, found, show)
             with show("convert", _step_bytes(plan.steps)) as advance:
@@ -306,12 +268,18 @@ def _plan(source: Source, target: Path, options: Options, found: Calibration | N
     """The plan, with what calibration gives."""
     if found is None:
         return make_plan(source, target, options)
-    if options.base is not None:
-        raise UsageError("--base keeps and rounds blocks by itself", remedy="leave --method out")
     means = {name: inputs.mean for name, inputs in found.statistics.inputs.items()} if found.statistics else None
     plan = make_plan(source, target, options, found.keys(), activations=means)
     found.put_into(plan)
     return plan
+
+
+def is_calibrated(options: Options) -> bool:
+    """Whether rounding looks at data; UsageError for what does not fit together."""
+    options.rounding.check()
+    if options.rounding.method != "round" and options.base is not None:
+        raise UsageError("--base keeps and rounds blocks by itself", remedy="leave --method out")
+    return options.rounding.method != "round"
 
 
 def _gptq(
@@ -334,13 +302,6 @@ def _gptq(
         return made
 
     return stage
-
-
-def foresee(path: Path, target: Path, options: Options) -> dict[str, Any]:
-    """What `convert` would do with the same arguments, from headers alone: the dry run."""
-    with open_for(path, options) as source, _base(options) as release:
-        plan = make_plan(source if release is None else rebase(source, release), target, options, dry=True)
-        return forecast(source, plan, options)
 
 
 def _hashing(release: Source | None) -> AbstractContextManager[SourceHashing | None]:
@@ -374,7 +335,7 @@ def _protect_inputs(target: Path, path: Path, options: Options, *sources: Source
 
 
 @contextmanager
-def _base(options: Options) -> Iterator[Source | None]:
+def open_base(options: Options) -> Iterator[Source | None]:
     """The release that --base names, opened, or None."""
     if options.base is None:
         yield None

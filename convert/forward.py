@@ -8,8 +8,7 @@ Beyond SPILL_BYTES each of x and u is a file that disappears with it. Everything
 leaves it), on CPU or CUDA; the sum over a token's experts runs by ascending expert, so that nothing depends on how many tokens
 are taken at once but the last bits of matrix products.
 
-Memory: x and u (each at most SPILL_BYTES), one layer's dense tensors, the largest of: one expert's two matrices with
-TOKENS_AT_ONCE activations; HEAD_BYTES of logits and as much of the head. A test holds 120b's shapes under 8 GiB.
+Memory: walk_memory.py adds it up; a test holds 120b's shapes under 8 GiB.
 
 Nothing of a layer is hidden in one call, because calibration and GPTQ look at each step's inputs and change the weights
 between two steps (`Weights.replace`).
@@ -29,16 +28,13 @@ from torch import Tensor
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.names import DOWN, EMBEDDING, FINAL_NORM, GATE_UP, HEAD, canonical_shapes, layer_name
 from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.walk_memory import EMBEDDING_ROWS, HEAD_BYTES, SPILL_BYTES, TOKENS_AT_ONCE
 from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.formats.output import reserve
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4
 
 I32 = NDArray[np.int32]
-SPILL_BYTES = 512 << 20
-TOKENS_AT_ONCE = 2048
-HEAD_BYTES = 512 << 20
-EMBEDDING_ROWS = 8192  # read at a time
 
 
 def choose_device(name: str) -> torch.device:

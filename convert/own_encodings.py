@@ -12,8 +12,18 @@ from collections import Counter
 from dataclasses import replace
 
 from gptoss_convert.convert.cut import Restored
-from gptoss_convert.convert.names import canonical_shapes, gguf_gate_up, gguf_name, is_gate_up, split_name
-from gptoss_convert.convert.plan import Plan
+from gptoss_convert.convert.names import (
+    DOWN,
+    GATE_UP,
+    HEAD,
+    canonical_shapes,
+    gguf_gate_up,
+    gguf_name,
+    is_gate_up,
+    layer_name,
+    split_name,
+)
+from gptoss_convert.convert.plan import BLOCKS, SCALES, Plan
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import Alternating, View
 from gptoss_convert.convert.widen import Cropped, Wide, required
@@ -119,3 +129,31 @@ def require_bits_kept(source: Source, plan: Plan, experts: str, dense: str) -> N
 def encoding_name(view: View) -> str:
     """A view's encoding in words: of gate and up, where these are stored in two, both ("q2_k/q3_k")."""
     return "/".join(dict.fromkeys(own_encoding(view, part) for part in ("gate", "up")))
+
+
+# A source's encoding → codecs that hold each of its values as it is.
+EXACT = {"mxfp4": ("mxfp4", "q8_0", "q5_0", "int8_g32")}
+
+
+def rounded_codecs(plan: Plan, name: str) -> dict[str, str]:
+    """Part ("", "gate", "up") → codec of a matrix of the plan, for those parts whose values are rounded to a codec."""
+    source = plan.source.views[name].encoding
+    found = {}
+    for slot in plan.slots[name]:
+        codec = "mxfp4" if slot.codec in (BLOCKS, SCALES) else slot.codec
+        stored = stored_part(plan.source.views[name], slot.part, slot.codec) is not None
+        if codec not in FLOATS and codec != source and codec not in EXACT.get(source, ()) and not stored:
+            found[slot.part] = codec
+    return found
+
+
+def require_rounding(plan: Plan, method: str) -> None:
+    """UsageError where a method of rounding is asked for and no matrix of the plan is rounded."""
+    inner = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [GATE_UP, DOWN]
+    names = [layer_name(n, name) for n in range(plan.source.config.layers) for name in inner] + [HEAD]
+    if not any(rounded_codecs(plan, name) for name in names):
+        raise UsageError(
+            f"--method {method} would change nothing: no matrix is rounded",
+            found=f"every matrix of {plan.target} is kept as it is, or held exactly",
+            remedy="leave --method and --calibration out, or choose a smaller --type",
+        )

@@ -34,13 +34,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptoss_convert.convert.calibrate import other_tokens
-from gptoss_convert.convert.forward import TOKENS_AT_ONCE, Walk, Weights, choose_device
+from gptoss_convert.convert.forward import Walk, Weights, choose_device
 from gptoss_convert.convert.names import DOWN, EMBEDDING, FINAL_NORM, GATE_UP, HEAD, is_gate_up, layer_name
 from gptoss_convert.convert.plan import BLOCKS, SCALES, Piece, Plan, Step
 from gptoss_convert.convert.run import piece_bytes, require_finite
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.texts import Texts
 from gptoss_convert.convert.views import Stack, View
+from gptoss_convert.convert.walk_memory import TOKENS_AT_ONCE
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels import gain, gptq, mxfp4

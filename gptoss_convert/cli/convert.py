@@ -141,7 +141,9 @@ def command(
         **others,  # options that are called the same there
     )
     if dry_run:
-        forecast = conversion.foresee(path, out, options)
+        from gptoss_convert.convert.dry_run import foresee
+
+        forecast = foresee(path, out, options)
         emit(forecast, as_json, lambda console: _show_plan(console, forecast))
         return
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import STEADY, Model, write_bf16, write_hf
 
 from gptoss_convert.convert import cut as cut_module
-from gptoss_convert.convert.conversion import Options, convert, foresee
+from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.cut import choose, cut, dropped_list, kept_from, restore
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source

@@ -12,8 +12,9 @@ from support.checkpoints import SMALL, STEADY, Model, write_gguf, write_hf
 from support.sparse import write_sparse_release
 from support.tokenizer import small_tokenizer
 
-from gptoss_convert.convert.conversion import Options, convert, foresee, make_plan
+from gptoss_convert.convert.conversion import Options, convert, make_plan
 from gptoss_convert.convert.cut import first_ones
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.gguf_widths import DESCRIPTION, OURS
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source

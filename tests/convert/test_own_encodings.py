@@ -11,10 +11,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.checkpoints import STEADY, Model, write_hf
 
-from gptoss_convert.convert.conversion import Options, foresee
+from gptoss_convert.cli.convert import command
+from gptoss_convert.convert.calibration import Wish
+from gptoss_convert.convert.conversion import Options
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.errors import Refused, UsageError
 
 PARTS = ("gate", "up", "down", "attention", "embedding", "head")
@@ -122,3 +126,28 @@ def test_experts_stored_in_two_float_types_come_out_in_the_one_that_holds_both(
     assert outcome.document["lossless"] is True
     made = {name: kind for name, (kind, _) in tensors(tmp_path / "m.gguf").items()}
     assert {n: made[f"blk.{n}.ffn_down_exps.weight"] for n in range(3)} == {0: "BF16", 1: "F32", 2: "BF16"}
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [("--to", "bf16"), ("--to", "hf"), ("--to", "gguf"), ("--to", "int8-g32"), ("--to", "gguf", "--dense", "f32")],
+)
+def test_a_method_that_would_round_nothing_is_refused_before_any_work(
+    hf_folder: Path, tmp_path: Path, options: tuple[str, ...], dry: bool
+) -> None:
+    given = [str(hf_folder), str(tmp_path / "out.gguf"), *options, "--method", "gptq", "--calibration", "default"]
+    done = CliRunner().invoke(command, [*given, *(["--dry-run"] if dry else [])])
+    assert isinstance(done.exception, UsageError)
+    assert "no matrix is rounded" in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_tells_the_memory_of_calibration(hf_folder: Path, tmp_path: Path) -> None:
+    told = [
+        foresee(hf_folder, tmp_path / "o.gguf", Options("gguf", type="q4_0", allow_larger=True, rounding=wish))[
+            "peak_memory_bytes"
+        ]
+        for wish in (Wish(), Wish("gptq", "default"))
+    ]
+    assert told[1] > told[0] + 500_000_000

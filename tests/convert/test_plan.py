@@ -12,7 +12,7 @@ import pytest
 from support.checkpoints import SMALL, Model, write_hf, write_original
 
 from gptoss_convert.config import ModelConfig, release_config
-from gptoss_convert.convert import conversion, official
+from gptoss_convert.convert import conversion, dry_run, official
 from gptoss_convert.convert.conversion import Options
 from gptoss_convert.convert.names import as_stack, canonical_shapes, is_expert_matrix
 from gptoss_convert.convert.plan import LEAF_ROWS, Plan, greedy_shards, rows_per_step
@@ -140,13 +140,13 @@ def test_no_conversion_of_a_release_is_forecast_to_need_more_than_a_gibibyte_and
             for options in choices:
                 source = headers_only(config, Layout.GGUF, experts)
                 plan = planned(source, to, threads=threads, **options)
-                told = conversion.forecast(source, plan, Options(to, threads=threads, **options))
+                told = dry_run.forecast(source, plan, Options(to, threads=threads, **options))
                 assert told["peak_memory_bytes"] < 1.5 * GIB, (to, experts, options)
                 assert 1 <= told["threads"] <= threads
                 assert told["output_bytes"] == sum(file["size"] for file in told["files"])
     source = headers_only(release_config(36, 128))
     plan = planned(source, "hf", threads=threads)
-    assert conversion.forecast(source, plan, Options("hf", threads=threads))["peak_memory_bytes"] < 1.5 * GIB
+    assert dry_run.forecast(source, plan, Options("hf", threads=threads))["peak_memory_bytes"] < 1.5 * GIB
 
 
 def test_a_step_is_bounded_whatever_the_rows() -> None:
@@ -209,7 +209,7 @@ def test_threads_and_proof_do_not_enter_a_plan(hf_folder: Path) -> None:
 def test_the_fate_of_every_tensor_is_listed(hf_folder: Path) -> None:
     with open_source(hf_folder) as source:
         plan = planned(source, "gguf")
-        told = conversion.forecast(source, plan, Options("gguf"))
+        told = dry_run.forecast(source, plan, Options("gguf"))
     assert {row["source"] for row in told["tensors"]} == set(source.views)
     fates = {row["fate"] for row in told["tensors"]}
     assert fates == {"bits moved", "bits kept", "widened exactly"}

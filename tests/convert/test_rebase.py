@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import AWKWARD, SMALL, SQUARE, Model, write_bf16, write_hf
 
-from gptoss_convert.convert.conversion import Options, convert, foresee
+from gptoss_convert.convert.conversion import Options, convert
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.rebase import count_blocks

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from support.checkpoints import STEADY, Model, write_hf
 
-from gptoss_convert.convert.conversion import Options, Outcome, convert, foresee
+from gptoss_convert.convert.conversion import Options, Outcome, convert
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.names import EMBEDDING, FINAL_NORM
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source

@@ -129,14 +129,14 @@ def test_the_finished_front_moves_over_gaps_and_never_over_what_is_not_written()
 MEASURED = """
 import json, re, sys
 from pathlib import Path
-from gptoss_convert.convert import conversion
+from gptoss_convert.convert import conversion, dry_run
 from gptoss_convert.convert.progress import silent
 
 path, target, to, more = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 options = conversion.Options(to, **more)
 with conversion.open_for(Path(path), options) as source:
     plan = conversion.make_plan(source, Path(target), options)
-    told = conversion.forecast(source, plan, options)
+    told = dry_run.forecast(source, plan, options)
 conversion.convert(Path(path), Path(target), options, silent)
 # Not ru_maxrss, which a process inherits from the one that started it.
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
