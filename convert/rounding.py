@@ -11,9 +11,9 @@ The stage does those steps of the plan that hold such matrices, and writes and j
 them done. A killed run is taken up layer by layer: a layer whose bytes have their digests is decoded and run through, not
 rounded again.
 
-A codec without a grid (lattice types) takes the diagonal of the same Hessian as importance. What a codec holds exactly is left to
-the runner. An expert's Hessian is shrunk as quant/shrinkage.py says. A factorisation that fails at every damping is an error that
-names the tensor and the expert.
+Codecs whose codes stand for a value each go through kernels/gptq.py, lattice types through kernels/gptq_lattice.py. What a codec
+holds exactly is left to the runner. An expert's Hessian is shrunk as quant/shrinkage.py says. A factorisation that fails at every
+damping is an error that names the tensor and the expert.
 
 Memory: the walk's, three Hessians of the widest input (two in float64 while one is factorised), one expert's matrices.
 """
@@ -44,7 +44,7 @@ from gptoss_convert.convert.views import Stack, View
 from gptoss_convert.convert.walk_memory import TOKENS_AT_ONCE
 from gptoss_convert.errors import Refused
 from gptoss_convert.formats.output import Output
-from gptoss_convert.kernels import gain, gptq, mxfp4
+from gptoss_convert.kernels import gain, gptq, gptq_lattice, mxfp4
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS
@@ -54,6 +54,7 @@ from gptoss_convert.quant.encode import encode
 from gptoss_convert.quant.shrinkage import others_wanted, own_weight, shrink
 
 SLAB = 512  # rows that one thread takes: fixed, so that the number of threads changes nothing
+Factors = dict[tuple[int, ...], gptq.Factor]  # by the runs that stay whole in the order of columns
 EXACT = {"mxfp4": ("mxfp4", "q8_0", "q5_0", "int8_g32")}  # source's encoding → codecs that hold its values
 
 
@@ -252,8 +253,8 @@ class Stage:
     # --- a matrix --------------------------------------------------------------------------------------------------------
 
     def _round(self, name: str, expert: int, hessian: Tensor) -> None:
-        """Round one matrix by its Hessian and write it, a run of steps at a time; its factors are made once a block size."""
-        factors: dict[int, gptq.Factor] = {}
+        """Round one matrix by its Hessian and write it, a run of steps at a time; one factor for each order of columns."""
+        factors: Factors = {}
         diagonal = hessian.diagonal().cpu().numpy().astype(np.float32)
         energy = lost = 0.0
         for index in self._steps[name, expert]:
@@ -279,33 +280,34 @@ class Stage:
 
     def _rows(
         self, weight: F32, chunk: Chunk, codec: str, name: str, expert: int, step: Step,
-        hessian: Tensor, diagonal: F32, factors: dict[int, gptq.Factor],
+        hessian: Tensor, diagonal: F32, factors: Factors,
     ) -> U8:  # fmt: skip
         """Rows of one part in its codec."""
         if codec in FLOATS or codec in EXACT.get(chunk.encoding, ()):
             return encode(chunk, codec, name, step.start)
-        found = grid(codec)
-        if found is None:
+        found, lattice = grid(codec), codec in gptq_lattice.RULES
+        if found is None and not lattice:
             self.report.methods["importance"] += step.start == 0
             return encode(chunk, codec, name, step.start, diagonal)
-        if found.block not in factors:
-            factors[found.block] = self._factor(name, expert, hessian, found.block)
-            self.report.dampings[factors[found.block].damping] += 1
+        runs = (found.block,) if found else gptq_lattice.runs(codec)
+        if runs not in factors:
+            factors[runs] = self._factor(name, expert, hessian, runs)
+            self.report.dampings[factors[runs].damping] += 1
         self.report.methods["gptq"] += step.start == 0
-        factor = factors[found.block]
+        factor, quantize = factors[runs], gptq_lattice.quantize if lattice else gptq.quantize
         slabs = [weight[at : at + SLAB] for at in range(0, len(weight), SLAB)]
         try:
             with ThreadPoolExecutor(self.threads) as pool:
-                return np.concatenate(list(pool.map(lambda slab: gptq.quantize(slab, factor, codec), slabs)))
+                return np.concatenate(list(pool.map(lambda slab: quantize(slab, factor, codec), slabs)))
         except ValueError as error:
             raise Refused(
                 "a value is too large for the codec", tensor=name, found=f"expert {expert}, codec {codec}",
                 expected="values within the range of its scales", remedy=str(error),
             ) from error  # fmt: skip
 
-    def _factor(self, name: str, expert: int, hessian: Tensor, block: int) -> gptq.Factor:
+    def _factor(self, name: str, expert: int, hessian: Tensor, runs: tuple[int, ...]) -> gptq.Factor:
         try:
-            return gptq.factorise(hessian, block)
+            return gptq.factorise(hessian, *runs)
         except gptq.NotPositive as error:
             raise Refused(
                 "the calibration text gives no usable Hessian", tensor=name, found=f"expert {expert}: {error}",

@@ -14,7 +14,7 @@ no input ever reaches (H_jj = 0: the zeros of a widened model) cost nothing and 
 Damping: λ · mean of diag H is added to the diagonal. A factorisation that fails is tried again with ten times the damping, up to
 MOST_DAMPING, and then is NotPositive, which callers report for that matrix; there is no fallback to an identity.
 
-`quantize_reference` is the specification; `quantize` does the same on whole blocks, rows in numba.
+`quantize_reference` is the specification; `quantize` does the same on whole blocks, rows in numba. Lattice types: `gptq_lattice`.
 """
 
 from __future__ import annotations
@@ -58,19 +58,20 @@ class Rounded:
     loss: float
 
 
-def block_order(diagonal: F64, block: int) -> NDArray[np.intp]:
-    """Blocks, and the columns within each, by falling H_jj, ties in place: the costliest are rounded while most can still
-    make up for them. Blocks stay whole, because they share scales.
+def block_order(diagonal: F64, block: int, *within: int) -> NDArray[np.intp]:
+    """Blocks by falling mean H_jj, and in each its runs of `within` columns, the longer ones first, none: single columns. Ties
+    stay in place. The costliest are rounded while most can still make up for them; blocks stay whole, they share scales.
     """
-    blocks = diagonal.reshape(-1, block)
-    first = np.argsort(-blocks.sum(axis=1), kind="stable")
-    inner = np.argsort(-blocks, axis=1, kind="stable")
-    order: NDArray[np.intp] = (first[:, None] * block + inner[first]).reshape(-1)
-    return order
+    order = np.arange(len(diagonal)).reshape(1, -1)
+    for size in (block, *(within or (1,))):
+        runs = order.reshape(len(order), -1, size)
+        first = np.argsort(-diagonal[runs].sum(axis=2), axis=1, kind="stable")
+        order = np.take_along_axis(runs, first[:, :, None], axis=1).reshape(-1, size)
+    return order.reshape(-1)
 
 
-def factorise(hessian: torch.Tensor, block: int, damping: float = LEAST_DAMPING) -> Factor:
-    """H [C, C] symmetric, any float dtype and device → its Factor for a codec with this block; NotPositive."""
+def factorise(hessian: torch.Tensor, block: int, *within: int, damping: float = LEAST_DAMPING) -> Factor:
+    """H [C, C] symmetric, any float dtype and device → its Factor, columns ordered as `block_order` says; NotPositive."""
     h = hessian.to(torch.float64)
     diagonal = h.diagonal().cpu().numpy().copy()
     if not np.isfinite(diagonal).all():
@@ -78,7 +79,7 @@ def factorise(hessian: torch.Tensor, block: int, damping: float = LEAST_DAMPING)
     live = diagonal > 0
     if not live.any():
         raise NotPositive("no input ever reached this matrix")
-    order = block_order(diagonal, block)
+    order = block_order(diagonal, block, *within)
     mean = float(diagonal[live].mean())
     at = torch.as_tensor(order, device=h.device)
     h = h[at][:, at]
@@ -98,8 +99,8 @@ def factorise(hessian: torch.Tensor, block: int, damping: float = LEAST_DAMPING)
     raise NotPositive(f"the Hessian is not positive definite, even with {MOST_DAMPING:g} of its mean added")
 
 
-def _importance(factor: Factor) -> F32:
-    """f32 [C] in the order of columns: 1 / U_jj², nothing where no input comes."""
+def importance_of(factor: Factor) -> F32:
+    """f32 [C] in the order of columns, mean 1: 1 / U_jj², nothing where no input comes."""
     weight = np.zeros(len(factor.order), np.float32)
     weight[factor.order] = 1 / factor.u.diagonal() ** 2
     weight[~factor.live] = 0
@@ -120,7 +121,7 @@ def quantize(weight: F32, factor: Factor, codec: str) -> U8:
     encode = c.encode
     assert encode is not None
     columns, block = weight.shape[1], g.block
-    importance = _importance(factor)
+    importance = importance_of(factor)
     left = torch.from_numpy(np.ascontiguousarray(weight[:, factor.order]))
     u = torch.from_numpy(factor.u)
     out = np.empty((weight.shape[0], c.row_bytes(columns)), np.uint8)
@@ -182,7 +183,7 @@ def quantize_reference(weight: F32, factor: Factor, codec: str) -> U8:
     g, c = _grid(codec), CODECS[codec]
     encode = c.encode
     assert encode is not None
-    importance = _importance(factor)
+    importance = importance_of(factor)
     w = weight.astype(np.float64)[:, factor.order]
     u = factor.u.astype(np.float64)
     rows = np.empty((weight.shape[0], c.row_bytes(weight.shape[1])), np.uint8)

@@ -5,7 +5,7 @@
 
 A Grid is a codec's layout as data: the values that its codes stand for, and the bit of the block in which bit b of element j's
 code lies. The formulas are those of the codecs' own modules; a test holds each against the codec's decoder. Lattice types
-(iq2, iq3) have no grid: their codes name eight or four values at once.
+(iq2, iq3) have no grid: their codes name eight or four values at once; see `gptq_lattice`.
 """
 
 from __future__ import annotations

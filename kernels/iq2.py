@@ -16,7 +16,7 @@ import numpy as np
 from gptoss_convert.kernels import lattice
 from gptoss_convert.kernels import lattice_bits as bits
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.lattice_bits import EVEN_SIGNS, Packed
+from gptoss_convert.kernels.lattice_bits import EVEN_SIGNS, Packed, Rule
 from gptoss_convert.kernels.lattice_fit import fit
 
 XXS_FIELDS = (2, 64)  # d, numbers with signs and scales
@@ -37,7 +37,10 @@ def iq2_xxs_decode(rows: U8) -> F32:
 
 def iq2_xxs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·66]; ValueError as `fit` says."""
-    packed = fit(values, importance, lattice.grid("iq2_xxs"), 32, True, _STEP)
+    return _encode("iq2_xxs", values, importance)
+
+
+def _xxs_pack(packed: Packed) -> U8:
     ids = packed.ids.astype(np.uint8).reshape(*packed.d.shape, 8, 4)
     pairs = np.concatenate([ids, bits.sign_words(packed.scales, packed.signs)], axis=3)
     return bits.join(packed.d, pairs.reshape(*packed.d.shape, 64))
@@ -53,7 +56,10 @@ def iq2_xs_decode(rows: U8) -> F32:
 
 def iq2_xs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·74]; ValueError as `fit` says."""
-    packed = fit(values, importance, lattice.grid("iq2_xs"), 16, True, _STEP)
+    return _encode("iq2_xs", values, importance)
+
+
+def _xs_pack(packed: Packed) -> U8:
     words = packed.ids | (packed.signs & 127).astype(np.uint16) << 9
     return bits.join(packed.d, words.astype("<u2").view(np.uint8), bits.nibbles(packed.scales))
 
@@ -69,7 +75,22 @@ def iq2_s_decode(rows: U8) -> F32:
 
 def iq2_s_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·82]; ValueError as `fit` says."""
-    packed = fit(values, importance, lattice.grid("iq2_s"), 16, False, _STEP)
+    return _encode("iq2_s", values, importance)
+
+
+def _s_pack(packed: Packed) -> U8:
     parts = (packed.ids >> 8).astype(np.uint8).reshape(*packed.d.shape, 8, 4) << _UPPER
     upper = np.bitwise_or.reduce(parts, axis=3)
     return bits.join(packed.d, packed.ids.astype(np.uint8), packed.signs, upper, bits.nibbles(packed.scales))
+
+
+RULES = {
+    "iq2_xxs": Rule(32, True, _STEP, _xxs_pack),
+    "iq2_xs": Rule(16, True, _STEP, _xs_pack),
+    "iq2_s": Rule(16, False, _STEP, _s_pack),
+}
+
+
+def _encode(name: str, values: F32, importance: F32 | None) -> U8:
+    rule = RULES[name]
+    return rule.pack(fit(values, importance, lattice.grid(name), rule.part, rule.even, rule.step))

@@ -15,7 +15,7 @@ import numpy as np
 from gptoss_convert.kernels import lattice
 from gptoss_convert.kernels import lattice_bits as bits
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.lattice_bits import Packed
+from gptoss_convert.kernels.lattice_bits import Packed, Rule
 from gptoss_convert.kernels.lattice_fit import fit
 
 XXS_FIELDS = (2, 64, 32)  # d, numbers, signs and scales
@@ -34,7 +34,10 @@ def iq3_xxs_decode(rows: U8) -> F32:
 
 def iq3_xxs_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·98]; ValueError as `fit` says."""
-    packed = fit(values, importance, lattice.grid("iq3_xxs"), _PART, True, _XXS_STEP)
+    return _encode("iq3_xxs", values, importance)
+
+
+def _xxs_pack(packed: Packed) -> U8:
     words = bits.sign_words(packed.scales, packed.signs).reshape(*packed.d.shape, 32)
     return bits.join(packed.d, packed.ids.astype(np.uint8), words)
 
@@ -50,7 +53,18 @@ def iq3_s_decode(rows: U8) -> F32:
 
 def iq3_s_encode(values: F32, importance: F32 | None = None) -> U8:
     """f32 [R, C], C a multiple of 256, importance f32 [C] or None → uint8 [R, C/256·110]; ValueError as `fit` says."""
-    packed = fit(values, importance, lattice.grid("iq3_s"), _PART, False, _S_STEP)
+    return _encode("iq3_s", values, importance)
+
+
+def _s_pack(packed: Packed) -> U8:
     ninth = np.packbits((packed.ids >> 8).astype(np.uint8), axis=2, bitorder="little")
     lower = packed.ids.astype(np.uint8)
     return bits.join(packed.d, lower, ninth, packed.signs, bits.nibbles(packed.scales))
+
+
+RULES = {"iq3_xxs": Rule(_PART, True, _XXS_STEP, _xxs_pack), "iq3_s": Rule(_PART, False, _S_STEP, _s_pack)}
+
+
+def _encode(name: str, values: F32, importance: F32 | None) -> U8:
+    rule = RULES[name]
+    return rule.pack(fit(values, importance, lattice.grid(name), rule.part, rule.even, rule.step))

@@ -7,6 +7,7 @@ What differs is where a format puts the bits (`iq2`, `iq3`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,15 @@ class Packed(NamedTuple):
     scales: U8  # [R, B, parts], 0 … 15
     ids: U16  # [R, B, groups]: numbers of points
     signs: U8  # [R, B, 32]: bit i is set where value i of the eight is negative
+
+
+class Rule(NamedTuple):
+    """What of a format is not its lattice."""
+
+    part: int  # so many values share a scale
+    even: bool  # whether of eight values an even number is negative
+    step: float
+    pack: Callable[[Packed], U8]  # super-blocks → uint8 [R, B · bytes]
 
 
 def expand(packed: Packed, found: F32, step: float) -> F32:

@@ -47,8 +47,8 @@ OUTSIDE = {
 WITH_TORCH = {
     f"gptoss_convert.{name}"
     for name in (
-        "kernels.layer", "kernels.gptq", "quant.shrinkage", "convert.forward", "convert.moments", "convert.hessians",
-        "convert.calibrate", "convert.calibration", "convert.rounding", "convert.compare",
+        "kernels.layer", "kernels.gptq", "kernels.gptq_lattice", "quant.shrinkage", "convert.forward", "convert.moments",
+        "convert.hessians", "convert.calibrate", "convert.calibration", "convert.rounding", "convert.compare",
     )
 }  # fmt: skip
 

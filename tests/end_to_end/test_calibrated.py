@@ -35,8 +35,11 @@ def divergence(artifact: Path) -> float:
 
 
 @pytest.mark.slow
-def test_on_a_trained_model_gptq_is_nearer_than_importance_and_llama_cpp_runs_the_file(tmp_path: Path) -> None:
-    files = {method: made(tmp_path, method) for method in ("round", "importance", "gptq")}
+@pytest.mark.parametrize("name", ["q3_k_s", "iq3_xxs"])
+def test_on_a_trained_model_gptq_is_nearer_than_importance_and_llama_cpp_runs_the_file(
+    tmp_path: Path, name: str
+) -> None:
+    files = {method: made(tmp_path, method, name) for method in ("round", "importance", "gptq")}
     distances = {method: divergence(path) for method, path in files.items()}
     assert distances["importance"] < 0.95 * distances["round"]
     assert distances["gptq"] < 0.75 * distances["importance"]

@@ -113,6 +113,18 @@ def test_blocks_stay_whole_whatever_the_order() -> None:
         assert (np.diff(diagonal[order[at : at + 32]]) <= 0).all()
 
 
+def test_runs_within_a_block_stay_whole_too_and_columns_in_place_within_the_shortest() -> None:
+    diagonal = np.random.default_rng(0).random(512)
+    order = gptq.block_order(diagonal, 256, 32, 8)
+    assert sorted(order.tolist()) == list(range(512))
+    for size in (256, 32, 8):
+        runs = order.reshape(-1, size)
+        assert (runs // size == runs[:, :1] // size).all()
+        means = diagonal[runs].mean(axis=1).reshape(-1, {256: 2, 32: 8, 8: 4}[size])
+        assert (np.diff(means, axis=1) <= 0).all()
+    assert (np.diff(order.reshape(-1, 8), axis=1) == 1).all()
+
+
 def test_a_rank_deficient_hessian_is_damped_and_one_that_is_not_finite_is_refused() -> None:
     x = inputs(64, tokens=5)
     assert gptq.factorise(hessian(x), 32).damping >= gptq.LEAST_DAMPING
