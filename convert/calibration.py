@@ -140,6 +140,8 @@ class Calibration:
         """Column weights into the plan, and the facts into its options."""
         plan.options["calibration"] = self.options()
         if self.statistics is not None:
+            plan.notes.extend(self.statistics.notes)
+        if self.statistics is not None:
             plan.importance = {name: inputs.mean for name, inputs in self.statistics.inputs.items()}
             if plan.target != "gguf":
                 plan.small[FILE] = self.document(self.own(), None)

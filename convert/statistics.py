@@ -32,6 +32,7 @@ from gptoss_convert.convert.names import (
     canonical_shapes,
     gguf_gate_up,
     gguf_name,
+    is_expert_matrix,
     is_gate_up,
     layer_name,
 )
@@ -55,6 +56,9 @@ from gptoss_convert.quant.shrinkage import WORTH, own_weight, shrink, tokens_wan
 SUMS, COUNTS, OWN_COUNTS, OWN_WEIGHTS = ".in_sum2", ".counts", ".own_counts", ".own_weights"
 KEY = "gptoss-convert.calibration."
 Counts = NDArray[np.int64]
+F64 = NDArray[np.float64]
+LARGEST = 1e30  # of a mean square: an input of 1e15, beyond which sums of products leave float32
+MOST_TOKENS = 1 << 31  # that a count may say: metadata hold it in 32 bits
 
 
 @dataclass(frozen=True)
@@ -200,19 +204,29 @@ def read_statistics(path: Path, config: ModelConfig) -> Statistics:
         statistics = Statistics(facts=facts)
         for name, shape in matrices(config).items():
             found = [_read(file, header, there, shape) for there in gguf_names(name)]
-            if found[0] is None:
-                statistics.notes.append(f"no statistics of {name}: its columns count alike")
+            if found[0] is None and not ours and not is_expert_matrix(name):  # the head: --process-output was not given
+                statistics.notes.append(f"{path.name} has no statistics of {name}: its columns count alike")
                 continue
+            if found[0] is None:
+                raise BadInput(
+                    "the statistics are of another model, or of a part of it", file=path, tensor=gguf_names(name)[0] + SUMS,
+                    found="no such tensor", expected=f"float32 {list(shape)}",
+                )  # fmt: skip
             sums, counts, own, weight = found[0]
             if not ours:
                 own, weight, means = _shrunk(sums, counts, name, statistics.notes)
             else:
-                means = (sums / counts[:, None]).astype(np.float32)
-            statistics.inputs[name] = Inputs(means, own.astype(np.int64), weight)
+                means = sums.astype(np.float64) / np.maximum(counts, 1)[:, None]
+            if means.max(initial=0) > LARGEST:
+                raise BadInput(
+                    "a mean square is too large to be one", file=path, tensor=name, found=float(means.max()),
+                    expected=f"at most {LARGEST:g}",
+                )  # fmt: skip
+            statistics.inputs[name] = Inputs(means.astype(np.float32), own.astype(np.int64), weight)
     return statistics
 
 
-def _shrunk(sums: F32, counts: F32, name: str, notes: list[str]) -> tuple[F32, F32, F32]:
+def _shrunk(sums: F32, counts: F32, name: str, notes: list[str]) -> tuple[F32, F32, F64]:
     """Own counts, weights and shrunk means of llama-imatrix's sums: others are all of the layer's, or for down the experts'
     mean.
     """
@@ -229,7 +243,7 @@ def _shrunk(sums: F32, counts: F32, name: str, notes: list[str]) -> tuple[F32, F
         others = (totals.sum(axis=0) - totals[expert]) / rest if rest else totals[expert] * 0
         own = totals[expert] / max(float(count), 1.0)
         means[expert] = shrink(own, others, int(count), columns) if rest else own
-    return counts, weight, means.astype(np.float32)
+    return counts, weight, means
 
 
 def _read(file: SourceFile, header: GgufHeader, name: str, shape: tuple[int, int]) -> tuple[F32, F32, F32, F32] | None:
@@ -255,21 +269,33 @@ def _read(file: SourceFile, header: GgufHeader, name: str, shape: tuple[int, int
                 "the statistics are of another model", file=file.path, tensor=name + suffix,
                 found="missing" if info is None else f"{info.nbytes} bytes", expected=f"float32 {list(wanted)}",
             )  # fmt: skip
-        values = np.frombuffer(bytes(file.read(info.offset, info.nbytes)), "<f4").reshape(wanted)
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise BadInput("a statistic is negative or not finite", file=file.path, tensor=name + suffix)
-        parts.append(values.copy())
-    if ((parts[1] <= 0) & (parts[0].sum(axis=1) > 0)).any():
+        parts.append(_numbers(file, info).reshape(wanted))
+        if suffix in (COUNTS, OWN_COUNTS) and (parts[-1] >= MOST_TOKENS).any():
+            raise BadInput(
+                "a count of tokens is too large", file=file.path, tensor=name + suffix, found=float(parts[-1].max()),
+                expected=f"less than {MOST_TOKENS}",
+            )  # fmt: skip
+    if (parts[3] > 1).any():
+        raise BadInput("a weight is larger than one", file=file.path, tensor=name + OWN_WEIGHTS)
+    if ((parts[1] <= 0) & parts[0].any(axis=1)).any():
         raise BadInput("sums without a count", file=file.path, tensor=name)
     return parts[0], parts[1], parts[2], parts[3]
 
 
 def _narrowed(file: SourceFile, info: TensorInfo, name: str, experts: int, columns: int) -> F32:
     """The sums of a widened file's inputs without the columns that widening added, which must be zeros."""
-    values = np.frombuffer(bytes(file.read(info.offset, info.nbytes)), "<f4")
+    values = _numbers(file, info)
     if values.size % experts == 0 and not values.reshape(experts, -1)[:, columns:].any():
         return np.ascontiguousarray(values.reshape(experts, -1)[:, :columns])
     raise BadInput(
         "the statistics are of another model", file=file.path, tensor=name + SUMS,
         found=f"{info.nbytes} bytes", expected=f"float32 {[experts, columns]}",
     )  # fmt: skip
+
+
+def _numbers(file: SourceFile, info: TensorInfo) -> F32:
+    """A tensor's float32 values, none negative, all finite."""
+    values = np.frombuffer(bytes(file.read(info.offset, info.nbytes)), "<f4")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise BadInput("a statistic is negative or not finite", file=file.path, tensor=info.name)
+    return values.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +200,77 @@ def theirs(path: Path, source: Source, counts: list[int]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def damaged(path: Path, target: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """A copy of a statistics file with other numbers."""
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    change(tensors)
+    writer = gguf.GGUFWriter(target, arch="gpt-oss")
+    writer.add_type("imatrix")
+    writer.add_float32("gptoss-convert.calibration.worth", 0.25)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_odd_numbers_in_statistics_are_bad_input_and_nothing_worse(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "s.gguf")
+    down = "blk.1.ffn_down_exps.weight"
+
+    def put(suffix: str, value: float, rows: slice = slice(0, 1)) -> Callable[[dict[str, np.ndarray]], None]:
+        def change(tensors: dict[str, np.ndarray]) -> None:
+            tensors[down + suffix][rows] = value
+
+        return change
+
+    def widened(tensors: dict[str, np.ndarray]) -> None:
+        tensors[down + ".in_sum2"] = np.pad(tensors[down + ".in_sum2"], ((0, 0), (0, 32)))
+        tensors[down + ".in_sum2"][0, 0] = np.nan
+
+    def huge(tensors: dict[str, np.ndarray]) -> None:
+        tensors[down + ".in_sum2"][0] = 3e38
+        tensors[down + ".counts"][0] = 1e-30
+
+    def fewer(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            if name.startswith("blk.2."):
+                del tensors[name]
+
+    with open_source(checkpoint) as source:
+        for change, message in (
+            (put(".own_counts", 1e30), "too large"), (put(".in_sum2", np.inf), "not finite"),
+            (put(".counts", -1), "negative"), (put(".own_weights", 3), "larger than one"), (widened, "not finite"),
+            (huge, "too large"), (fewer, "another model"), (put(".counts", 0), "without a count"),
+        ):  # fmt: skip
+            path = damaged(tmp_path / "s.gguf", tmp_path / "damaged.gguf", change)
+            with pytest.raises(BadInput, match=message):
+                read_statistics(path, source.config)
+
+        def nothing(tensors: dict[str, np.ndarray]) -> None:
+            for suffix in (".in_sum2", ".counts", ".own_counts", ".own_weights"):
+                tensors[down + suffix][0] = 0
+
+        found = read_statistics(damaged(tmp_path / "s.gguf", tmp_path / "damaged.gguf", nothing), source.config)
+        assert (found.inputs[layer_name(1, DOWN)].mean[0] == 0).all()
+
+
+def test_statistics_with_nothing_of_this_model_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "foreign.gguf", arch="llama")
+    writer.add_type("imatrix")
+    writer.add_tensor("foo.in_sum2", np.ones((1, 8), np.float32))
+    writer.add_tensor("foo.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_source(checkpoint) as source, pytest.raises(BadInput, match="another model"):
+        read_statistics(tmp_path / "foreign.gguf", source.config)
 
 
 def test_llama_imatrix_files_are_read_and_their_rare_experts_shrunk(checkpoint: Path, tmp_path: Path) -> None:
