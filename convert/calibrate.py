@@ -5,8 +5,8 @@
                      of down, and where they are too few, others of the layer sent through that same expert (quant/shrinkage.py)
 
 A layer's statistics are written and journalled when it is done, with the residual stream after it; a run that was killed goes on
-after the last layer whose bytes have their digest. Same input, same bytes on the same machine with the same number of threads:
-matrix products may add up in another order elsewhere.
+after the last layer whose bytes have their digest. Same input, same bytes for any number of threads (kernels/products.py);
+another processor's instructions may add up in another order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptoss_convert import __version__
 from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.calibration import facts_of
 from gptoss_convert.convert.forward import Walk, Weights, choose_device
 from gptoss_convert.convert.hessians import MARKER, Writer
 from gptoss_convert.convert.moments import F64, Moments, Sums
@@ -33,9 +33,11 @@ from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Inputs, Layout, Statistics, lay_out, read_statistics, tensors_of
 from gptoss_convert.convert.texts import Texts
 from gptoss_convert.convert.walk_memory import TOKENS_AT_ONCE
-from gptoss_convert.errors import UsageError
+from gptoss_convert.convert.workers import cores
+from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.formats.output import Output
 from gptoss_convert.kernels import layer as maths
+from gptoss_convert.kernels.products import use_threads
 from gptoss_convert.quant.shrinkage import evenly, others_wanted, own_weight
 
 CONTEXT = 2048
@@ -43,18 +45,6 @@ CONTEXT = 2048
 
 Keep = Callable[[int | None, str, int, int, Tensor], None]
 """Takes a matrix's Hessian: layer (None: the head), name, expert, own tokens, mean of x xᵀ [C, C]."""
-
-
-def facts_of(source: Source, texts: Texts, context: int) -> dict[str, Any]:
-    """What a statistics file says of itself."""
-    return {
-        "text": texts.name,
-        "text_digest": texts.digest,
-        "tokens": texts.tokens,
-        "context": context,
-        "layout": str(source.layout),
-        "version": __version__,
-    }
 
 
 def collect_layer(walk: Walk, layer: int, keep: Keep | None = None) -> dict[str, Inputs]:
@@ -145,11 +135,13 @@ def collect(
     *,
     context: int,
     device: str,
+    threads: int,
     advance: Callable[[int], None],
     folder: Path | None = None,
 ) -> Statistics:
     """The statistics in memory, for `convert --method importance` with a text."""
     statistics = Statistics(facts=facts_of(source, texts, context))
+    use_threads(threads)
     walk = Walk(Weights(source, choose_device(device)), texts.sequences, folder)
     walk.embed()
     for layer in range(source.config.layers):
@@ -166,6 +158,7 @@ def calibrate(
     *,
     context: int = CONTEXT,
     device: str = "cpu",
+    threads: int = 0,
     hessians: Path | None = None,
     overwrite: bool = False,
     gate_proj: str | None = None,
@@ -183,12 +176,13 @@ def calibrate(
         texts = read(source)
         facts = facts_of(source, texts, context)
         layout = lay_out(source.config, facts, source.wide)
-        digest = _digest(source, layout, device)
+        digest = _digest(source, layout, device, gate_proj)
         writer = None if folder is None else Writer(folder, source.config, facts)
         whole = source.config.layers if writer is None else writer.open(digest)
         keep = None if writer is None else writer.put
         journal = output.open(digest, [(target.name, layout.size)])
         output.write(target.name, 0, layout.head)
+        use_threads(threads or cores())
         walk = Walk(Weights(source, choose_device(device)), texts.sequences, output.partial)
         first = _resume(walk, journal, output, layout, whole)
         with show("calibrate", source.config.layers) as advance:
@@ -219,15 +213,16 @@ def _folder(hessians: Path | None, target: Path, overwrite: bool) -> AbstractCon
     return Output(hessians.absolute(), folder=True, overwrite=overwrite, marker=MARKER)
 
 
-def _digest(source: Source, layout: Layout, device: str) -> str:
+def _digest(source: Source, layout: Layout, device: str, gate_proj: str | None) -> str:
     files = [[f.name, f.size, f.identity.mtime_ns] for f in source.files]
-    return blake3.blake3(repr((files, device, torch.get_num_threads())).encode() + layout.head).hexdigest()
+    return blake3.blake3(repr((files, device, gate_proj)).encode() + layout.head).hexdigest()
 
 
 def _write(output: Output, layout: Layout, inputs: dict[str, Inputs]) -> str:
     """Write some matrices' statistics; returns the digest of their bytes."""
     hasher = blake3.blake3()
     for name, found in inputs.items():
+        _require_finite(name, found)
         for tensor, values in tensors_of(name, found, layout.columns(name)).items():
             data = np.ascontiguousarray(values, "<f4").tobytes()
             output.write(output.target.name, layout.places[tensor].offset, data)
@@ -235,14 +230,24 @@ def _write(output: Output, layout: Layout, inputs: dict[str, Inputs]) -> str:
     return hasher.hexdigest()
 
 
-def _state(output: Output, layer: int) -> Path:
+def _require_finite(name: str, found: Inputs) -> None:
+    if not np.isfinite(found.mean).all():
+        expert = int(np.argmin(np.isfinite(found.mean).all(axis=1)))
+        raise BadInput(
+            "the model computes what is not a number, or not finite", tensor=name,
+            found=f"inputs of expert {expert}" if len(found.mean) > 1 else "its inputs", expected="finite activations",
+            remedy="look for values that are not finite with gptoss-convert inspect",
+        )  # fmt: skip
+
+
+def _state(output: Output, layer: int) -> str:
     """Where the residual stream after a layer lies: two files in turn, so that one is whole at any moment."""
-    return output.path(f"stream-{layer % 2}.json")
+    return f"stream-{layer % 2}.json"
 
 
 def _save(walk: Walk, output: Output, layer: int) -> str:
     data = walk.x.numpy().reshape(-1).view(np.uint8)
-    _state(output, layer).write_bytes(data.data)
+    output.write_small(_state(output, layer), data.data)
     return blake3.blake3(data.data).hexdigest()
 
 
@@ -256,7 +261,7 @@ def _resume(walk: Walk, journal: list[dict[str, Any]], output: Output, layout: L
             break
         done += 1
     while done:
-        path = _state(output, done - 1)
+        path = output.path(_state(output, done - 1))
         data = path.read_bytes() if path.exists() else b""
         if blake3.blake3(data).hexdigest() == journal[done - 1].get("state") and len(data) == walk.x.nbytes:
             walk.x[:] = torch.from_numpy(np.frombuffer(data, np.float32).reshape(walk.x.shape).copy())

@@ -4,6 +4,7 @@ plan.
     --calibration TEXT | default ─► importance: one pass (calibrate.collect) ─► column weights in the plan
                                  └► gptq: a stage of its own before the runner (rounding.Stage)
     --calibration STATS          ─► importance, read (statistics.read_statistics)
+    --calibration HESSIANS       ─► gptq by what calibrate --hessians wrote (rounding.FromHessians)
 
 The artifact says what it was calibrated with: method, text, its digest, tokens, and of every expert how many tokens it saw and
 how far its own were trusted. GPTQ knows the last two only when it is through, so a GGUF's header is planned with zeros in their
@@ -13,6 +14,7 @@ place, and built again with the numbers; it has the same length.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptoss_convert import __version__
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
 from gptoss_convert.convert.plan import OutFile, Plan
@@ -29,12 +32,13 @@ from gptoss_convert.convert.statistics import Statistics, read_statistics
 from gptoss_convert.convert.walk_memory import walk_bytes
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.gguf import Value, ValueType, array, build_header, header_bytes, string
-from gptoss_convert.quant.shrinkage import own_weight
+from gptoss_convert.quant.shrinkage import own_weight, tokens_wanted
 
 if TYPE_CHECKING:
-    from gptoss_convert.convert.rounding import Stage
+    from gptoss_convert.convert.rounding_matrix import Rounder
     from gptoss_convert.convert.texts import Texts
 
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 METHODS = ("round", "importance", "gptq")
 CONTEXT = 2048
 TOKENS = 131_072  # of a text, at most, unless asked for more
@@ -66,9 +70,16 @@ class Wish:
             )
         if self.method == "gptq" and self.from_statistics:
             raise UsageError(
-                "gptq needs the text itself: a layer's inputs come from the layers that are rounded already", found=self.text,
-                remedy="give the text, or --method importance",
+                "gptq needs the text itself, or whole Hessians", found=self.text,
+                remedy="give the text, or the folder that calibrate --hessians wrote, or --method importance",
             )  # fmt: skip
+        if self.method == "importance" and self.from_hessians:
+            raise UsageError(
+                "importance takes a text or a statistics file", found=self.text,
+                remedy="give the .gguf that calibrate wrote with the Hessians, or --method gptq",
+            )  # fmt: skip
+        if not DEVICE.fullmatch(self.device):
+            raise UsageError("no such device", found=self.device, expected="cpu, cuda or cuda:N")
 
     def memory(self, config: ModelConfig) -> int:
         """Bytes that calibration holds at most; 0 where nothing is computed."""
@@ -77,9 +88,26 @@ class Wish:
         return walk_bytes(config, self.tokens, self.context, gptq=self.method == "gptq")
 
     @property
+    def from_hessians(self) -> bool:
+        """Whether a folder of Hessians is given."""
+        return self.text is not None and Path(self.text).is_dir()
+
+    @property
     def from_statistics(self) -> bool:
         """Whether a statistics file is given and not a text."""
         return self.text is not None and Path(self.text).suffix.lower() == ".gguf"
+
+
+def facts_of(source: Source, texts: Texts, context: int) -> dict[str, Any]:
+    """What a statistics file says of itself."""
+    return {
+        "text": texts.name,
+        "text_digest": texts.digest,
+        "tokens": texts.tokens,
+        "context": context,
+        "layout": str(source.layout),
+        "version": __version__,
+    }
 
 
 def require_torch() -> None:
@@ -101,6 +129,7 @@ class Calibration:
     config: ModelConfig
     statistics: Statistics | None = None
     texts: Texts | None = None
+    hessians: Path | None = None
 
     def options(self) -> dict[str, Any]:
         """As it enters the plan's options, and with them the certificate and the digest of the work."""
@@ -139,16 +168,18 @@ class Calibration:
     def put_into(self, plan: Plan) -> None:
         """Column weights into the plan, and the facts into its options."""
         plan.options["calibration"] = self.options()
+        if plan.target != "gguf":
+            plan.small[FILE] = self.document(self.own(), None)
         if self.statistics is not None:
             plan.notes.extend(self.statistics.notes)
-        if self.statistics is not None:
-            plan.importance = {name: inputs.mean for name, inputs in self.statistics.inputs.items()}
-            if plan.target != "gguf":
-                plan.small[FILE] = self.document(self.own(), None)
+            known = {name: self.statistics.importance(name) for name in self.statistics.inputs}
+            plan.importance = {name: found for name, found in known.items() if found is not None}
+            plan.rounding = {"coverage": coverage(self.own(), self.config)}
 
-    def finish(self, plan: Plan, stage: Stage) -> None:
+    def finish(self, plan: Plan, stage: Rounder) -> None:
         """After the stage: its numbers into the plan."""
         own = [stage.report.own[layer] for layer in sorted(stage.report.own)]
+        plan.rounding = {**stage.report.as_dict(), "coverage": coverage(own, self.config)}
         if plan.target == "gguf":
             planned, known = _packed(self.keys()), _packed(self.keys(own))
             first = plan.files[0]
@@ -159,31 +190,47 @@ class Calibration:
             plan.small[FILE] = self.document(own, stage.report.as_dict())
 
 
+def coverage(own: Sequence[Sequence[int]], config: ModelConfig) -> dict[str, int]:
+    """How many experts the text has given the tokens that they want."""
+    needed = tokens_wanted(max(config.hidden, config.intermediate))
+    counts = [count for row in own for count in row]
+    return {
+        "experts": len(counts), "tokens_wanted": needed, "short": sum(count < needed for count in counts),
+        "unseen": counts.count(0), "least": min(counts, default=0),
+    }  # fmt: skip
+
+
 def _packed(keys: list[tuple[str, Value]]) -> bytes:
     """Metadata as they lie in a header."""
     return build_header(keys, [])[0][EMPTY_HEADER : header_bytes(keys, [])]
 
 
-def calibration(source: Source, wish: Wish, show: ShowProgress, folder: Path | None = None) -> Calibration | None:
-    """Read the text or the statistics, or make these; None for plain rounding."""
-    wish.check()
-    if wish.method == "round":
-        return None
-    require_torch()
+def calibration(
+    source: Source, wish: Wish, threads: int, show: ShowProgress, *, dry: bool = False, folder: Path | None = None
+) -> Calibration:
+    """Read the text, the statistics or the Hessians, or make the statistics. dry: make none, only say what they would be of."""
     assert wish.text is not None
+    if not dry:
+        require_torch()
     if wish.from_statistics:
         statistics = read_statistics(Path(wish.text), source.config)
         facts = {k: v for k, v in statistics.facts.items() if k != "worth"}
         return Calibration(wish, facts, source.config, statistics=statistics)
+    if wish.from_hessians:
+        from gptoss_convert.convert.hessians import Reader
+
+        reader = Reader(Path(wish.text), source.config)
+        facts = {**reader.facts, "inputs": "of the source's own layers"}
+        return Calibration(wish, facts, source.config, hessians=reader.folder)
     from gptoss_convert.convert import calibrate
     from gptoss_convert.convert.texts import read_texts
 
     texts = read_texts(wish.text, source, wish.context, wish.tokens)
-    facts = calibrate.facts_of(source, texts, wish.context)
-    if wish.method == "gptq":
+    facts = facts_of(source, texts, wish.context)
+    if wish.method == "gptq" or dry:
         return Calibration(wish, facts, source.config, texts=texts)
     with show("calibrate", source.config.layers) as advance:
         statistics = calibrate.collect(
-            source, texts, context=wish.context, device=wish.device, advance=advance, folder=folder
+            source, texts, context=wish.context, device=wish.device, threads=threads, advance=advance, folder=folder
         )
     return Calibration(wish, facts, source.config, statistics=statistics)

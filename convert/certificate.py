@@ -38,6 +38,7 @@ def certificate(
         "source": _source(source, digests),
         "target": plan.target,
         "options": plan.options,
+        **({"rounding": plan.rounding} if plan.rounding else {}),
         "artifact": {
             "files": [{"name": n, "size": sizes[n], "sha256": d} for n, d in sorted(digests.output.items())],
             "notes": plan.notes,

@@ -6,7 +6,6 @@ Nothing appears under the target's name before every byte is written, hashed and
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +33,7 @@ from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_compressed import plan_int4, plan_int8, plan_int8_g32
 from gptoss_convert.convert.target_gguf import gguf_tensors, plan_gguf
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
+from gptoss_convert.convert.workers import cores
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import Value
@@ -218,11 +218,6 @@ def thread_count(plan: Plan, wanted: int) -> int:
     return threads_within(one, wanted or cores())
 
 
-def cores() -> int:
-    """Cores that this process may use; where the system does not tell, all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> Outcome:
     """Convert; the artifact, proved, stands under its name when this returns."""
     target = target.absolute()
@@ -239,8 +234,8 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
             found = None
             if is_calibrated(options):
                 require_rounding(make_plan(whole, target, options, dry=True), options.rounding.method)
-                found = calibration(source, options.rounding, show)
-            plan = _plan(whole, target, options, found)
+                found = calibration(source, options.rounding, options.threads or cores(), show)
+            plan = calibrated_plan(whole, target, options, found)
             threads = thread_count(plan, options.threads)
             prepare = _gptq(plan, options, found, show)
             with show("convert", _step_bytes(plan.steps)) as advance:
@@ -264,12 +259,14 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
     return Outcome(target, plan, digests, proof, document)
 
 
-def _plan(source: Source, target: Path, options: Options, found: Calibration | None) -> Plan:
-    """The plan, with what calibration gives."""
+def calibrated_plan(
+    source: Source, target: Path, options: Options, found: Calibration | None, *, dry: bool = False
+) -> Plan:
+    """The plan, with what calibration gives. dry: see make_plan."""
     if found is None:
-        return make_plan(source, target, options)
+        return make_plan(source, target, options, dry=dry)
     means = {name: inputs.mean for name, inputs in found.statistics.inputs.items()} if found.statistics else None
-    plan = make_plan(source, target, options, found.keys(), activations=means)
+    plan = make_plan(source, target, options, found.keys(), dry=dry, activations=means)
     found.put_into(plan)
     return plan
 
@@ -286,17 +283,21 @@ def _gptq(
     plan: Plan, options: Options, found: Calibration | None, show: ShowProgress
 ) -> Callable[[Output, set[int]], set[int]] | None:
     """The stage that does the plan's matrices by GPTQ, where it is asked for."""
-    if found is None or found.texts is None:
+    if found is None or options.rounding.method != "gptq":
         return None
-    from gptoss_convert.convert.rounding import Stage
-
-    texts = found.texts
+    from gptoss_convert.convert.hessians import Reader
+    from gptoss_convert.convert.rounding import FromHessians, Stage
 
     def stage(output: Output, done: set[int]) -> set[int]:
+        """What `execute` calls before its own steps."""
+        threads = options.threads or cores()
         with show("gptq", plan.source.config.layers) as advance:
-            work = Stage(
-                plan, texts, device=options.rounding.device, threads=options.threads or cores(), advance=advance
-            )
+            work: Stage | FromHessians
+            if found.hessians is not None:
+                work = FromHessians(plan, Reader(found.hessians, found.config), threads=threads, advance=advance)
+            else:
+                assert found.texts is not None
+                work = Stage(plan, found.texts, device=options.rounding.device, threads=threads, advance=advance)
             made = work(output, done)
         found.finish(plan, work)
         return made

@@ -1,14 +1,24 @@
-"""The dry run: what `convert` would do with the same arguments, from headers alone."""
+"""The dry run: what `convert` would do with the same arguments, from headers alone, and the text that was given."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from gptoss_convert.convert.conversion import Options, is_calibrated, make_plan, open_base, open_for, thread_count
+from gptoss_convert.convert.calibration import calibration
+from gptoss_convert.convert.conversion import (
+    Options,
+    calibrated_plan,
+    is_calibrated,
+    make_plan,
+    open_base,
+    open_for,
+    thread_count,
+)
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.own_encodings import own_encoding, require_rounding, stored_part
 from gptoss_convert.convert.plan import Plan, Slot, peak_memory
+from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.rebase import rebase
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.views import View, read_encoding
@@ -21,9 +31,12 @@ REBASED_FATE = "unchanged blocks keep the base's bytes, changed ones rounded to 
 def foresee(path: Path, target: Path, options: Options) -> dict[str, Any]:
     """What `convert` would do with the same arguments, from headers alone: the dry run."""
     with open_for(path, options) as source, open_base(options) as release:
-        plan = make_plan(source if release is None else rebase(source, release), target, options, dry=True)
+        whole = source if release is None else rebase(source, release)
+        found = None
         if is_calibrated(options):
-            require_rounding(plan, options.rounding.method)
+            require_rounding(make_plan(whole, target, options, dry=True), options.rounding.method)
+            found = calibration(source, options.rounding, 1, silent, dry=True)
+        plan = calibrated_plan(whole, target, options, found, dry=True)
         return forecast(source, plan, options)
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.calibration import DEVICE
 from gptoss_convert.convert.names import DOWN, EMBEDDING, FINAL_NORM, GATE_UP, HEAD, canonical_shapes, layer_name
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.walk_memory import EMBEDDING_ROWS, HEAD_BYTES, SPILL_BYTES, TOKENS_AT_ONCE
@@ -33,19 +34,23 @@ from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.formats.output import reserve
 from gptoss_convert.kernels import layer as maths
 from gptoss_convert.kernels.chunks import Chunk, Mxfp4
+from gptoss_convert.kernels.products import by_rows
 
 I32 = NDArray[np.int32]
 
 
 def choose_device(name: str) -> torch.device:
     """The device of this name, or UsageError where there is none."""
+    if not DEVICE.fullmatch(name):
+        raise UsageError("no such device", found=name, expected="cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            "no such device", found=name, expected="cpu, or cuda where torch has it", remedy=str(error)[:200]
-        ) from error
+            "torch cannot use this device", found=f"{name}: {str(error).splitlines()[0][:200]}", expected="cpu, or a GPU",
+            remedy="install torch for CUDA and its driver, or leave --device out",
+        ) from error  # fmt: skip
     return device
 
 
@@ -169,7 +174,7 @@ class Walk:
         window = c.sliding_window if c.sliding[layer] else None
         for span, count, h in self.attention_inputs(layer):
             q, k, v = (
-                (h @ of(layer, f"self_attn.{p}_proj.weight").T + of(layer, f"self_attn.{p}_proj.bias")).reshape(
+                _affine(h, of(layer, f"self_attn.{p}_proj.weight"), of(layer, f"self_attn.{p}_proj.bias")).reshape(
                     count, -1, heads, c.head_dim
                 )
                 for p, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
@@ -181,7 +186,7 @@ class Walk:
     def add_attention(self, span: slice, layer: int, output: Tensor) -> None:
         """x += output projection of [T, H · head_dim]."""
         of = self.weights.of_layer
-        added = output @ of(layer, "self_attn.o_proj.weight").T + of(layer, "self_attn.o_proj.bias")
+        added = _affine(output, of(layer, "self_attn.o_proj.weight"), of(layer, "self_attn.o_proj.bias"))
         self.x[span] += added.cpu()
 
     def attend(self, layer: int) -> None:
@@ -214,11 +219,12 @@ class Walk:
     def activate(self, layer: int, expert: int, gate_up: Tensor, u: Tensor) -> Tensor:
         """u [T, D] through an expert's gate_up [2F, D] → what its down multiplies, [T, F]."""
         bias = self.weights.of_layer(layer, GATE_UP + "_bias")[expert]
-        return maths.swiglu(u @ gate_up.T + bias, self.config.swiglu_limit)
+        limit = self.config.swiglu_limit
+        return by_rows(u, len(gate_up) // 2, lambda part: maths.swiglu(part @ gate_up.T + bias, limit))
 
     def project(self, layer: int, expert: int, down: Tensor, activation: Tensor) -> Tensor:
         """An expert's output [T, D]."""
-        return activation @ down.T + self.weights.of_layer(layer, DOWN + "_bias")[expert]
+        return _affine(activation, down, self.weights.of_layer(layer, DOWN + "_bias")[expert])
 
     def add_experts(self, layer: int) -> None:
         """x += every expert's outputs, by their shares."""
@@ -248,8 +254,14 @@ class Walk:
         rows = max(HEAD_BYTES // (4 * self.config.hidden), 1)
         for start in range(0, self.config.vocab, rows):
             stop = min(start + rows, self.config.vocab)
-            out[:, start:stop] = h @ self.weights.rows(HEAD, start, stop).T
+            head = self.weights.rows(HEAD, start, stop)
+            out[:, start:stop] = by_rows(h, len(head), lambda part, head=head: part @ head.T)  # type: ignore[misc]
         return out
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [T, C] · weightᵀ + bias, weight [R, C]."""
+    return by_rows(x, len(weight), lambda part: part @ weight.T + bias)
 
 
 def _spans(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:

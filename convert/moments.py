@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptoss_convert.kernels.products import add_outer
 from gptoss_convert.quant.shrinkage import shrink
 
 F64 = NDArray[np.float64]
@@ -45,7 +46,7 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         """inputs: [T, C]."""
-        self.total.addmm_(inputs.T, inputs)
+        add_outer(self.total, inputs)
         self.count += len(inputs)
 
     @property

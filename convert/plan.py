@@ -127,6 +127,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)  # what the plan gives up by design
+    rounding: dict[str, Any] = field(default_factory=dict)  # what GPTQ reports when it is through
     importance: Mapping[str, F32] = field(
         default_factory=dict
     )  # canonical matrix → f32 [E, C] of the true model's columns

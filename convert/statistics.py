@@ -51,7 +51,7 @@ from gptoss_convert.formats.gguf import (
     u32,
 )
 from gptoss_convert.kernels.floats import F32
-from gptoss_convert.quant.shrinkage import WORTH, own_weight, shrink, tokens_wanted
+from gptoss_convert.quant.shrinkage import WORTH, effective, level, own_weight, shrink, tokens_wanted
 
 SUMS, COUNTS, OWN_COUNTS, OWN_WEIGHTS = ".in_sum2", ".counts", ".own_counts", ".own_weights"
 KEY = "gptoss-convert.calibration."
@@ -79,9 +79,21 @@ class Statistics:
     notes: list[str] = field(default_factory=list)
 
     def importance(self, name: str) -> F32 | None:
-        """f32 [E, C] of a canonical matrix, or None where nothing is known."""
+        """f32 [E, C] of a canonical matrix, levelled by how few tokens it was counted over; None where nothing is known."""
         found = self.inputs.get(name)
-        return None if found is None else found.mean
+        if found is None:
+            return None
+        total, columns = self._tokens, found.mean.shape[1]
+        tokens = [
+            effective(int(n), max(total - int(n), 0), columns) if len(found.own) > 1 else int(n) for n in found.own
+        ]
+        return level(found.mean, np.array(tokens))
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of the text: what a matrix without experts has seen; without one, at least what the busiest expert has."""
+        single = [int(i.own[0]) for i in self.inputs.values() if len(i.own) == 1]
+        return max(single or [int(i.own.max()) for i in self.inputs.values()], default=0)
 
     def coverage(self, config: ModelConfig) -> dict[str, Any]:
         """Router load and experts short of tokens, layer by layer, and how many more tokens they would need."""

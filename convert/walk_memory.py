@@ -1,7 +1,7 @@
 """What calibration, GPTQ and comparison hold in memory at most: a forecast from the model's widths, made without torch.
 
     stores      the residual stream and the experts' inputs, f32 [N, D] each, up to SPILL_BYTES; beyond that on disk
-    attention   a layer's dense tensors, the activations of one span of tokens, SCORES_AT_ONCE scores
+    attention   a layer's dense tensors, the activations of one span of tokens, SCORES_AT_ONCE scores a thread
     experts     the dense tensors still, one expert's two matrices, the activations of TOKENS_AT_ONCE tokens
     hessians    with GPTQ or `calibrate --hessians`: MANY_HESSIANS of the widest input in float32, and what a factorisation holds
                 in float64
@@ -17,7 +17,8 @@ from gptoss_convert.config import ModelConfig
 SPILL_BYTES = 512 << 20
 TOKENS_AT_ONCE = 2048
 HEAD_BYTES = 512 << 20
-SCORES_AT_ONCE = 1 << 25  # of [B, H, queries, keys], four bytes each
+SCORES_AT_ONCE = 1 << 22  # of [B, H, queries, keys], four bytes each, for every thread
+MOST_THREADS = 16
 EMBEDDING_ROWS = 8192  # read at a time
 BASE_BYTES = 720 << 20  # python, numpy, numba and torch, and what freed memory the allocator keeps
 MANY_HESSIANS, FACTORS = 10, 7
@@ -33,7 +34,9 @@ def walk_bytes(
     stores = 2 * min(4 * tokens * c.hidden, SPILL_BYTES) + tokens * (8 + 16 * c.experts_per_token)
     dense = 4 * (c.hidden * (2 * q + 2 * kv + c.experts) + c.experts * (2 * c.intermediate + c.hidden))
     attention = (
-        4 * span * (TEMPORARIES * c.hidden + 3 * (q + 2 * kv) + 2 * q) + 5 * 4 * SCORES_AT_ONCE + 6 * c.hidden * q
+        4 * span * (TEMPORARIES * c.hidden + 3 * (q + 2 * kv) + 2 * q)
+        + 5 * 4 * SCORES_AT_ONCE * MOST_THREADS
+        + 6 * c.hidden * q
     )
     matrices = 4 * c.hidden * c.intermediate * (3 + 2)
     experts = matrices + 4 * TOKENS_AT_ONCE * (TEMPORARIES * c.hidden + 8 * c.intermediate)

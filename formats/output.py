@@ -46,6 +46,7 @@ class Output:
         self._descriptors: dict[str, int] = {}
         self._created: list[Path] = []
         self._journal = -1
+        self.journalled: list[dict[str, Any]] = []  # what an earlier run of this plan has recorded
         self._lock = Lock()
         try:
             self._recover()
@@ -87,7 +88,7 @@ class Output:
             self._journal = -1
             raise TargetExists("another run is writing this target", file=self.target)
         try:
-            done = self._earlier(plan_digest)
+            done = self.journalled = self._earlier(plan_digest)
             if not done:
                 self._start_clean(plan_digest)
             for name, size in files:
@@ -210,8 +211,8 @@ class Output:
         except OSError as error:
             raise _cannot(error, self.partial / JOURNAL) from error
 
-    def write_small(self, name: str, data: bytes) -> None:
-        """Write a whole small file."""
+    def write_small(self, name: str, data: bytes | memoryview) -> None:
+        """Write a whole file that no space was reserved for."""
         path = self.partial / name
         try:
             path.write_bytes(data)

@@ -11,8 +11,8 @@
 it.) Blocks lie where the codec has them; `order` says in which order they, and the columns within one, are taken. Columns that
 no input ever reaches (H_jj = 0: the zeros of a widened model) cost nothing and take part in nothing.
 
-Damping: λ · mean of diag H is added to the diagonal. A factorisation that fails is tried again with ten times the damping, up to
-MOST_DAMPING, and then is NotPositive, which callers report for that matrix; there is no fallback to an identity.
+Damping: λ · mean of diag H is added to the diagonal. A factorisation that fails is tried again with ten and a hundred times the
+damping, and then is NotPositive, which callers report for that matrix; there is no fallback to an identity.
 
 `quantize_reference` is the specification; `quantize` does the same on whole blocks, rows in numba. Lattice types: `gptq_lattice`.
 """
@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.grids import Grid, grid, lines, put_codes
+from gptoss_convert.kernels.products import factor
 
 F64 = NDArray[np.float64]
-LEAST_DAMPING, MOST_DAMPING = 0.01, 1.0
+LEAST_DAMPING = 0.01
 
 
 class NotPositive(ValueError):
@@ -86,17 +87,13 @@ def factorise(hessian: torch.Tensor, block: int, *within: int, damping: float = 
     dead = torch.as_tensor(~live[order], device=h.device)
     h[dead, :] = 0
     h[:, dead] = 0
-    while damping <= MOST_DAMPING:
+    for tried in (damping, 10 * damping, 100 * damping):
         damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
-            m = lower.flip(0, 1)
-            u = torch.linalg.solve_triangular(m, torch.eye(len(m), dtype=m.dtype, device=m.device), upper=True)
-            if bool(torch.isfinite(u).all()):
-                return Factor(order, u.to(torch.float32).cpu().numpy(), live, damping)
-        damping *= 10
-    raise NotPositive(f"the Hessian is not positive definite, even with {MOST_DAMPING:g} of its mean added")
+        damped.diagonal().add_(tried * mean)
+        u = factor(damped)
+        if u is not None and bool(torch.isfinite(u).all()):
+            return Factor(order, u.to(torch.float32).cpu().numpy(), live, tried)
+    raise NotPositive(f"the Hessian is not positive definite, even with {tried:g} of its mean added")
 
 
 def importance_of(factor: Factor) -> F32:

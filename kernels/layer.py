@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
+from gptoss_convert.kernels.products import by_rows, each
+
 ALPHA = 1.702
-SCORES_AT_ONCE = 1 << 25  # of [B, H, queries, keys], four bytes each: what bounds attention's memory
+SCORES_AT_ONCE = 1 << 22  # of [B, H, queries, keys], four bytes each, a thread: what bounds attention's memory
 QUERIES_AT_ONCE = 256
 
 
@@ -72,24 +74,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None
     q = q.transpose(1, 2).reshape(batch, k.shape[2], groups, length, width) * width**-0.5
     k, v = k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]
     sink = sinks.reshape(1, k.shape[1], groups, 1, 1)
-    out = []
+    out = torch.empty((batch, k.shape[1], groups, length, width), dtype=q.dtype, device=q.device)
     at_once = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (batch * heads * length)))
-    for start in range(0, length, at_once):
-        stop = min(start + at_once, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        scores = q[:, :, :, start:stop] @ k[:, :, :, first:stop].transpose(-1, -2)
-        query = torch.arange(start, stop, device=q.device)[:, None]
-        key = torch.arange(first, stop, device=q.device)[None, :]
+
+    def run(part: slice) -> None:
+        first = 0 if window is None else max(0, part.start - window + 1)
+        scores = q[:, :, :, part] @ k[:, :, :, first : part.stop].transpose(-1, -2)
+        query = torch.arange(part.start, part.stop, device=q.device)[:, None]
+        key = torch.arange(first, part.stop, device=q.device)[None, :]
         hidden = key > query if window is None else (key > query) | (key <= query - window)
         scores = scores.masked_fill(hidden, -math.inf)
         share = softmax(torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), dim=-1), dim=-1)
-        out.append(share[..., :-1] @ v[:, :, :, first:stop])
-    return torch.cat(out, dim=3).reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, -1)
+        out[:, :, :, part] = share[..., :-1] @ v[:, :, :, first : part.stop]
+
+    each(length, at_once, run)
+    return out.reshape(batch, heads, length, width).transpose(1, 2).reshape(batch, length, -1)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """x [N, D], router [E, D], [E] → the experts [N, k] of each token, best first, and their shares [N, k]."""
-    scores, experts = torch.topk(x @ weight.T + bias, count, dim=-1)
+    scores, experts = torch.topk(by_rows(x, len(weight), lambda part: part @ weight.T + bias), count, dim=-1)
     return experts, softmax(scores, dim=-1)
 
 

@@ -47,8 +47,9 @@ OUTSIDE = {
 WITH_TORCH = {
     f"gptoss_convert.{name}"
     for name in (
-        "kernels.layer", "kernels.gptq", "kernels.gptq_lattice", "quant.shrinkage", "convert.forward", "convert.moments",
-        "convert.hessians", "convert.calibrate", "convert.calibration", "convert.rounding", "convert.compare",
+        "kernels.layer", "kernels.products", "kernels.gptq", "kernels.gptq_lattice", "quant.shrinkage", "convert.forward",
+        "convert.moments", "convert.hessians", "convert.calibrate", "convert.calibration", "convert.rounding",
+        "convert.rounding_matrix", "convert.compare",
     )
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.IntRange(2, 1 << 17), default=2048, help="Tokens of a sequence.")
 @click.option("--tokens", type=click.IntRange(2), default=131072, help="Tokens at most.")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none."
 )
@@ -43,6 +44,7 @@ def command(
     context: int,
     tokens: int,
     device: str,
+    threads: int,
     tokenizer: Path | None,
     gate_proj: str | None,
     hessians: Path | None,
@@ -66,9 +68,18 @@ def command(
     from gptoss_convert.convert.texts import read_texts
 
     statistics, config = calibrate(
-        resolve_source(src, progress), out, lambda source: read_texts(text, source, context, tokens), context=context,
-        device=device, hessians=hessians, overwrite=overwrite, gate_proj=gate_proj, tokenizer=tokenizer, show=progress,
-    )  # fmt: skip
+        resolve_source(src, progress),
+        out,
+        lambda source: read_texts(text, source, context, tokens),
+        context=context,
+        device=device,
+        threads=threads,
+        hessians=hessians,
+        overwrite=overwrite,
+        gate_proj=gate_proj,
+        tokenizer=tokenizer,
+        show=progress,
+    )
     document = {
         "target": str(out),
         "hessians": hessians and str(hessians),

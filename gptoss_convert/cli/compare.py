@@ -59,10 +59,10 @@ def command(
     require_torch()
     from gptoss_convert.convert import compare as comparing
     from gptoss_convert.convert.compare_report import render
-    from gptoss_convert.convert.conversion import cores
     from gptoss_convert.convert.resolve import resolve_source
     from gptoss_convert.convert.source import open_source
     from gptoss_convert.convert.texts import read_texts
+    from gptoss_convert.convert.workers import cores
     from gptoss_convert.errors import ProofFailed
     from gptoss_convert.formats.output import write_atomically
 

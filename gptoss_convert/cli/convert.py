@@ -100,7 +100,7 @@ class Widen(click.ParamType[str]):
 @click.option(
     "--calibration",
     metavar="TEXT",
-    help='For the last two: TEXT.txt, CONVERSATIONS.jsonl, "default", or (importance only) a file made by calibrate.',
+    help='For the last two: TEXT.txt, CONVERSATIONS.jsonl, "default", or what calibrate made: STATS.gguf, HESSIANS.',
 )
 @click.option("--device", default="cpu", help="Where calibration computes: cpu, cuda.")
 @click.option("--context", type=click.IntRange(2, 1 << 17), default=2048, help="Tokens of a calibration sequence.")
@@ -183,6 +183,29 @@ def _base_lines(blocks: dict[str, int]) -> list[str]:
     ]
 
 
+def _rounding_lines(rounding: dict[str, Any], calibration: dict[str, Any]) -> list[str]:
+    """What calibrated rounding did, and how far its text went."""
+    coverage = rounding["coverage"]
+    lines = [
+        f"rounded  by {calibration['method']}, {calibration.get('tokens', '?')} tokens of {calibration.get('text', '?')}",
+        f"         {coverage['experts']} experts want {coverage['tokens_wanted']:,} tokens of their own: {coverage['short']} are "
+        f"short, {coverage['unseen']} saw none; least {coverage['least']:,}",
+    ]
+    if lost := rounding.get("output_energy_lost"):
+        matrices = ", ".join(f"{count} {name}" for name, count in rounding["matrices"].items())
+        worst = max(lost, key=lost.get)
+        lines.append(
+            f"         {matrices}; of outputs' energy lost {100 * sum(lost.values()) / len(lost):.3g} %, most in {worst}"
+        )
+    if damping := rounding.get("damping"):
+        raised = damping["raised_after_a_failure"]
+        lines.append(
+            f"         damping {damping['least']:.3g} to {damping['most']:.3g} of the mean diagonal"
+            + (f", raised for {raised} matrices that could not be factorised with less" if raised else "")
+        )
+    return lines
+
+
 def _show_outcome(console: Console, outcome: Outcome) -> None:
     document, proof = outcome.document, outcome.proof
     console.print(f"written  {outcome.target} ({human_bytes(outcome.plan.output_bytes)})", markup=False)
@@ -209,6 +232,9 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
     if base := document.get("base"):
         for line in _base_lines(base["blocks"]):
             console.print(line)
+    if rounding := document.get("rounding"):
+        for line in _rounding_lines(rounding, document["options"]["calibration"]):
+            console.print(line, markup=False)
     for line in document["lost"]:
         console.print(f"lost     {line}", markup=False)
     if not document["lost"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,16 +18,17 @@ from gptoss_convert.convert import conversion, rounding
 from gptoss_convert.convert.calibrate import calibrate
 from gptoss_convert.convert.calibration import Wish
 from gptoss_convert.convert.conversion import Options
+from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.forward import Walk, Weights
 from gptoss_convert.convert.names import DOWN, GATE_UP, layer_name
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.texts import Texts, read_texts
-from gptoss_convert.errors import Refused, UsageError
+from gptoss_convert.errors import BadInput, Refused, UsageError
 from gptoss_convert.kernels import gptq
 
 SPEC = replace(STEADY, layers=2, heads=4, experts_per_token=2)
-TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 25
+TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 100
 
 
 @pytest.fixture(scope="module")
@@ -150,16 +152,16 @@ def test_a_killed_run_rounds_no_finished_matrix_again(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(checkpoint, tmp_path / "whole.gguf", "gptq")
-    real, rounded = rounding.Stage._round, []
+    real, rounded = rounding.Stage.round, []
 
-    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor) -> None:
+    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor, tokens: float) -> None:
         if len(rounded) == 12:
             rounded.append(None)
             raise KeyboardInterrupt
         rounded.append((name, expert))
-        real(stage, name, expert, hessian)
+        real(stage, name, expert, hessian, tokens)
 
-    monkeypatch.setattr(rounding.Stage, "_round", spy)
+    monkeypatch.setattr(rounding.Stage, "round", spy)
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoint, tmp_path / "killed.gguf", "gptq")
     assert not (tmp_path / "killed.gguf").exists()
@@ -167,6 +169,88 @@ def test_a_killed_run_rounds_no_finished_matrix_again(
     done = [r for r in rounded if r is not None]
     assert len(done) == len(set(done))
     assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_run_that_was_killed_reports_what_an_uninterrupted_one_does(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = convert(checkpoint, tmp_path / "whole", "gptq", to="int4", type=None)
+    real, count = rounding.Stage.round, 0
+
+    def stop(stage: rounding.Stage, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 14:
+            raise KeyboardInterrupt
+        real(stage, *arguments)
+
+    monkeypatch.setattr(rounding.Stage, "round", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None)
+    again = convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None)
+    assert again.document["rounding"] == whole.document["rounding"]
+    name = "gptoss-calibration.json"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_certificate_says_how_it_was_rounded_and_how_far_the_text_went(checkpoint: Path, tmp_path: Path) -> None:
+    found = convert(checkpoint, tmp_path / "q.gguf", "gptq").document["rounding"]
+    matrices = SPEC.layers * (4 + 2 * SPEC.experts) + 1
+    assert found["matrices"]["gptq"] == matrices
+    assert 0.01 <= found["damping"]["least"] <= found["damping"]["median"] <= found["damping"]["most"]
+    assert found["damping"]["raised_after_a_failure"] == 0
+    assert "falling mean square" in found["order"]
+    assert len(found["output_energy_lost"]) == SPEC.layers * 6 + 1
+    assert found["coverage"]["experts"] == SPEC.layers * SPEC.experts
+    assert convert(checkpoint, tmp_path / "i.gguf", "importance").document["rounding"]["coverage"]["tokens_wanted"] > 0
+
+
+def test_hessians_on_disk_round_as_the_text_does_but_for_what_rounding_changes_in_the_inputs(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "h"
+    calibrate(checkpoint, tmp_path / "s.gguf", lambda _: text_of(checkpoint), context=64, hessians=folder, show=silent)
+    errors = {}
+    for name, given in (("round", None), ("text", None), ("hessians", wish(checkpoint, "gptq", text=folder))):
+        convert(checkpoint, tmp_path / f"{name}.gguf", "round" if name == "round" else "gptq", wish=given)
+        errors[name] = experts_error(checkpoint, tmp_path / f"{name}.gguf", text_of(checkpoint))
+    assert errors["hessians"] < 0.9 * errors["round"]
+    assert errors["hessians"] == pytest.approx(errors["text"], rel=0.1)
+    with open_source(tmp_path / "text.gguf") as a, open_source(tmp_path / "hessians.gguf") as b:
+        name = layer_name(0, "self_attn.q_proj.weight")  # nothing before it is rounded but the embedding
+        left, right = (side.views[name].read(0, 0, 8).values() for side in (a, b))
+        assert np.mean(left == right) > 0.9
+        assert b.metadata["gptoss-convert.rounding.inputs"].value == "of the source's own layers"
+        own = [side.metadata["gptoss-convert.rounding.experts_own_tokens"].value for side in (a, b)]
+        assert sum(own[0]) == sum(own[1])
+
+
+def test_hessians_and_statistics_are_each_for_their_method(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "h").mkdir()
+    for method, text in (("importance", tmp_path / "h"), ("gptq", tmp_path / "s.gguf")):
+        with pytest.raises(UsageError):
+            convert(checkpoint, tmp_path / "x.gguf", method, wish=wish(checkpoint, method, text=text))
+    with pytest.raises(BadInput, match="cannot open"):
+        convert(checkpoint, tmp_path / "x.gguf", "gptq", wish=wish(checkpoint, "gptq", text=tmp_path / "h"))
+
+
+def test_a_dry_run_reads_the_text_and_forecasts_to_the_byte(checkpoint: Path, tmp_path: Path) -> None:
+    for method in ("importance", "gptq"):
+        given = wish(checkpoint, method)
+        told = foresee(
+            checkpoint, tmp_path / "x.gguf", Options("gguf", type="q3_k_s", allow_larger=True, rounding=given)
+        )
+        convert(checkpoint, tmp_path / f"{method}.gguf", method)
+        assert told["output_bytes"] == (tmp_path / f"{method}.gguf").stat().st_size
+        lost = wish(checkpoint, method, text=tmp_path / "nowhere.txt")
+        with pytest.raises(BadInput, match="cannot be read"):
+            foresee(checkpoint, tmp_path / "x.gguf", Options("gguf", type="q3_k_s", allow_larger=True, rounding=lost))
+
+
+def test_a_device_is_looked_at_before_anything_else(checkpoint: Path, tmp_path: Path) -> None:
+    for device in ("nonsense", "meta", "cpu:7"):
+        with pytest.raises(UsageError, match="no such device"):
+            convert(checkpoint, tmp_path / "x.gguf", "importance", wish=wish(checkpoint, "importance", device=device))
 
 
 def test_a_statistics_file_gives_the_same_importance_as_its_text(checkpoint: Path, tmp_path: Path) -> None:
@@ -187,11 +271,11 @@ def test_an_expert_whose_hessian_cannot_be_factorised_is_an_error_that_names_it(
     real = gptq.factorise
     calls = []
 
-    def fail(hessian: torch.Tensor, block: int) -> gptq.Factor:
+    def fail(hessian: torch.Tensor, block: int, **more: float) -> gptq.Factor:
         calls.append(block)
         if len(calls) > 6:
             raise gptq.NotPositive("it is not positive")
-        return real(hessian, block)
+        return real(hessian, block, **more)
 
     monkeypatch.setattr(gptq, "factorise", fail)
     with pytest.raises(Refused, match="no usable Hessian") as error:
@@ -220,13 +304,13 @@ def test_inputs_come_from_the_layers_that_are_rounded_already(
 ) -> None:
     """The last Hessian of the head is over the stream that the written artifact itself produces."""
     seen = {}
-    real = rounding.Stage._round
+    real = rounding.Stage.round
 
-    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor) -> None:
+    def spy(stage: rounding.Stage, name: str, expert: int, hessian: torch.Tensor, tokens: float) -> None:
         seen[name, expert] = hessian.clone()
-        real(stage, name, expert, hessian)
+        real(stage, name, expert, hessian, tokens)
 
-    monkeypatch.setattr(rounding.Stage, "_round", spy)
+    monkeypatch.setattr(rounding.Stage, "round", spy)
     convert(checkpoint, tmp_path / "x.gguf", "gptq")
     with open_source(tmp_path / "x.gguf") as artifact:
         walk = Walk(Weights(artifact), text_of(checkpoint).sequences)

@@ -18,6 +18,7 @@ from gptoss_convert.convert import walk_memory
 from gptoss_convert.convert.calibration import CONTEXT, TOKENS
 from gptoss_convert.convert.walk_memory import walk_bytes
 from gptoss_convert.kernels import layer as maths
+from gptoss_convert.kernels import products
 
 GIB = 1 << 30
 
@@ -84,6 +85,7 @@ def test_a_million_tokens_need_no_more_than_the_default_but_for_their_ids() -> N
 
 def test_the_forecast_knows_the_bound_of_attentions_scores() -> None:
     assert walk_memory.SCORES_AT_ONCE == maths.SCORES_AT_ONCE
+    assert walk_memory.MOST_THREADS == products.MOST_THREADS
 
 
 @pytest.mark.slow
