@@ -30,6 +30,7 @@ from gptoss_convert.convert.moments import Hessian
 from gptoss_convert.convert.names import DOWN, EMBEDDING, FINAL_NORM, GATE_UP, HEAD, layer_name
 from gptoss_convert.convert.plan import BLOCKS, SCALES, Plan
 from gptoss_convert.convert.rounding_matrix import Rounder
+from gptoss_convert.convert.run import padding_importance
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.texts import Texts
 from gptoss_convert.convert.views import Stack, View
@@ -63,7 +64,7 @@ class Encoded:
     def read(self, expert: int, start: int, stop: int) -> Chunk:
         """See View."""
         chunk = self.base.read(expert, start, stop)
-        return Rows(self.codec, encode(chunk, self.codec, "", start))
+        return Rows(self.codec, encode(chunk, self.codec, "", start, padding_importance(self.base)))
 
 
 class Stage(Rounder):

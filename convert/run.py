@@ -24,6 +24,7 @@ from gptoss_convert.convert.own_encodings import stored_part
 from gptoss_convert.convert.plan import BLOCKS, INT_CODES, SCALES, Piece, Plan, Step
 from gptoss_convert.convert.progress import Advance
 from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.views import View
 from gptoss_convert.convert.widen import Wide
 from gptoss_convert.convert.workers import Workers
 from gptoss_convert.errors import BadInput, GptOssError
@@ -195,6 +196,11 @@ def column_importance(plan: Plan, step: Step) -> F32 | None:
     view = plan.source.views[step.tensor]
     if step.tensor in plan.importance:
         return fit(plan.importance[step.tensor][step.expert], view, step.expert)
+    return padding_importance(view)
+
+
+def padding_importance(view: View) -> F32 | None:
+    """f32 [C]: nothing for the columns that widening added; None where it added none."""
     if not isinstance(view, Wide) or view.true_columns == view.stack[2]:
         return None
     return (np.arange(view.stack[2]) < view.true_columns).astype(np.float32)

@@ -217,9 +217,6 @@ def test_hessians_on_disk_round_as_the_text_does_but_for_what_rounding_changes_i
     assert errors["hessians"] < 0.9 * errors["round"]
     assert errors["hessians"] == pytest.approx(errors["text"], rel=0.1)
     with open_source(tmp_path / "text.gguf") as a, open_source(tmp_path / "hessians.gguf") as b:
-        name = layer_name(0, "self_attn.q_proj.weight")  # nothing before it is rounded but the embedding
-        left, right = (side.views[name].read(0, 0, 8).values() for side in (a, b))
-        assert np.mean(left == right) > 0.9
         assert b.metadata["gptoss-convert.rounding.inputs"].value == "of the source's own layers"
         own = [side.metadata["gptoss-convert.rounding.experts_own_tokens"].value for side in (a, b)]
         assert sum(own[0]) == sum(own[1])
