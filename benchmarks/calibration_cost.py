@@ -7,9 +7,9 @@ shape and a small vocabulary. Each command runs as a process of its own with two
 
     seconds = a · (matrices of experts) + b · (tokens · experts of a token)          processor seconds, for gptq with q4_k
 
-from which a model of L layers, E experts, k of a token and N tokens costs L · (a · E + b · N · k) at this machine's speed; what
-is not the experts' (attention, embedding, head: under a tenth) is counted into both. Short experts' other tokens are not in
-it: they add at most 2 · C tokens an expert. Memory is the largest resident set.
+from which a model of L layers, E experts, k of a token and N tokens costs L · (a · E + b · (N · k + others)) at this machine's
+speed; others: E · max(0, 2 · C − N · k / E), what experts that are short take of the layer's other tokens if the router is even.
+What is not the experts' (attention, embedding, head: under a tenth) is counted into both. Memory is the largest resident set.
 """
 
 from __future__ import annotations
@@ -27,9 +27,18 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from convert_speed import run
 from support.checkpoints import TRUE_LAYER, Model, write_hf
 
+from gptoss_convert.quant.shrinkage import tokens_wanted
+
 EXPERTS = 4
 MODELS = {"gpt-oss-20b": (24, 32, 4), "gpt-oss-120b": (36, 128, 4)}
 TOKENS = 131_072
+COLUMNS = 2880
+
+
+def passed(experts: int, chosen: int) -> float:
+    """Tokens through experts of a layer."""
+    each = TOKENS * chosen / experts
+    return experts * max(each, tokens_wanted(COLUMNS))
 
 
 def commands(source: Path, work: Path, text: Path, tokens: int, device: str) -> dict[str, list[str]]:
@@ -56,7 +65,7 @@ def measure(folder: Path, counts: list[int], device: str) -> dict[str, Any]:
         b = (taken[1].cpu - taken[0].cpu) / ((counts[1] - counts[0]) * EXPERTS)
         a = (taken[0].cpu - b * counts[0] * EXPERTS) / EXPERTS
         share = taken[1].wall / taken[1].cpu
-        whole = {m: share * layers * (a * e + b * TOKENS * k) / 3600 for m, (layers, e, k) in MODELS.items()}
+        whole = {m: share * layers * (a * e + b * passed(e, k)) / 3600 for m, (layers, e, k) in MODELS.items()}
         result[name] = {
             "wall": [t.wall for t in taken], "cpu": [t.cpu for t in taken], "memory": max(t.memory for t in taken),
             "seconds_an_expert": a, "seconds_a_token_and_expert": b, "hours": whole,
