@@ -11,7 +11,7 @@ another processor's instructions may add up in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from gptoss_convert.convert.hessians import MARKER, Writer
 from gptoss_convert.convert.moments import F64, Moments, Sums
 from gptoss_convert.convert.names import DOWN, FINAL_NORM, GATE_UP, HEAD, layer_name
 from gptoss_convert.convert.progress import ShowProgress
+from gptoss_convert.convert.protect import files_given, files_read, protect_inputs
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Inputs, Layout, Statistics, lay_out, read_statistics, tensors_of
 from gptoss_convert.convert.texts import Texts
@@ -163,15 +164,21 @@ def calibrate(
     overwrite: bool = False,
     gate_proj: str | None = None,
     tokenizer: Path | None = None,
+    reads: Sequence[Path] = (),
     show: ShowProgress,
 ) -> tuple[Statistics, ModelConfig]:
-    """Run the text that `read` makes for the source through it and write the statistics file, and the folder of Hessians."""
+    """Run the text that `read` makes for the source through it and write the statistics file, and the folder of Hessians.
+
+    reads: further files that are read, and therefore not written over: the text's.
+    """
     target = target.absolute()
     with (
         Output(target, folder=False, overwrite=overwrite) as output,
         _folder(hessians, target, overwrite) as folder,
         open_source(path, gate_proj=gate_proj, tokenizer=tokenizer) as source,
     ):
+        for place in (target, *([] if hessians is None else [hessians.absolute()])):
+            protect_inputs(place, [path, *reads, *files_given(tokenizer), *files_read(source)])
         source.require_sound()
         texts = read(source)
         facts = facts_of(source, texts, context)

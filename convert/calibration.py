@@ -88,6 +88,11 @@ class Wish:
         return walk_bytes(config, self.tokens, self.context, gptq=self.method == "gptq")
 
     @property
+    def path(self) -> Path | None:
+        """The text's file, or what calibrate wrote; None for "default" or nothing."""
+        return None if self.text in (None, "default") else Path(str(self.text))
+
+    @property
     def from_hessians(self) -> bool:
         """Whether a folder of Hessians is given."""
         return self.text is not None and Path(self.text).is_dir()

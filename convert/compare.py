@@ -7,8 +7,11 @@
 
 KL divergence is Σ p (ln p − ln q) over the vocabulary, p the source's distribution; scored are the tokens in the second half of
 each sequence, as llama-perplexity does, so that every one has some context. Standard errors are of means over scored tokens,
-taken as independent; of a perplexity and of the ratio of two by the delta method, exp(mean) · se(mean), the ratio's from paired
-differences.
+taken as independent, and unknown (None) of fewer than two; of a perplexity and of the ratio of two by the delta method,
+exp(mean) · se(mean), the ratio's from paired differences.
+
+A figure in which a value that is no finite number takes part is NaN or infinite itself, never left out; JSON shows it as null.
+Every file of both sides is hashed beside the work.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptoss_convert import __version__
-from gptoss_convert.convert.compare_tensors import compare_tensors, part_of, stored_bytes
+from gptoss_convert.convert.calibration import FILE, KEY
+from gptoss_convert.convert.compare_tensors import compare_tensors, part_of, relative, stored_bytes
 from gptoss_convert.convert.forward import Walk, Weights, choose_device
 from gptoss_convert.convert.names import (
     DOWN,
@@ -36,17 +40,24 @@ from gptoss_convert.convert.names import (
     split_name,
 )
 from gptoss_convert.convert.progress import ShowProgress
+from gptoss_convert.convert.run import SourceHashing
 from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.texts import Texts
+from gptoss_convert.convert.views import held_encodings
+from gptoss_convert.convert.walk_memory import TOKENS_AT_ONCE
 from gptoss_convert.errors import BadInput, UsageError
+from gptoss_convert.formats.files import read_json
+from gptoss_convert.formats.tree import resolve_inside
+from gptoss_convert.kernels.products import use_threads
 from gptoss_convert.quant.shrinkage import evenly, tokens_wanted
 
 SCHEMA = "gptoss-convert/compare/1"
 SAMPLE = 256  # tokens of an expert on which both sides are run
 F64 = NDArray[np.float64]
-METRICS = (
-    "kld", "kld_median", "kld_p99", "kld_max", "top1_disagreement", "perplexity_ratio", "tensor_rms", "expert_error",
-)  # fmt: skip
+INT8_NOTE = (
+    "int8 weights with a scale for each output (W8A8): whatever runs them rounds the activations to int8 as well; compare "
+    "measures the weights alone, so the model that is run lies farther from the source than these figures say"
+)
 
 
 # --- text --------------------------------------------------------------------------------------------------------------
@@ -54,7 +65,10 @@ METRICS = (
 
 @dataclass
 class Scores:
-    """Of each scored token: KL divergence, whether both sides' likeliest token is one, and both negative log-likelihoods."""
+    """Of each scored token: KL divergence, whether both sides' likeliest token is one, and both negative log-likelihoods.
+
+    Where logits are no numbers, nothing of a token is one.
+    """
 
     kld: list[F64] = field(default_factory=list)
     same: list[F64] = field(default_factory=list)
@@ -66,32 +80,34 @@ class Scores:
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         kld = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0)
         self.kld.append(kld.cpu().numpy())
-        self.same.append((p.argmax(-1) == q.argmax(-1)).double().cpu().numpy())
+        same = (p.argmax(-1) == q.argmax(-1)).double()  # argmax of what is no number is a token nevertheless
+        self.same.append(same.masked_fill(kld.isnan(), math.nan).cpu().numpy())
         for side, logs in ((self.source, p), (self.artifact, q)):
             side.append(-logs.gather(1, following[:, None].to(logs.device))[:, 0].double().cpu().numpy())
 
     def summary(self) -> dict[str, Any]:
         """Means with standard errors, and the distribution of the divergence."""
         kld, same, mine, theirs = (np.concatenate(a) for a in (self.kld, self.same, self.source, self.artifact))
-        return {
-            "scored": len(kld),
-            "kld": {
-                "mean": float(kld.mean()), "se": _se(kld), "median": float(np.median(kld)),
-                "p99": float(np.quantile(kld, 0.99)), "max": float(kld.max()),
-            },
-            "top1": {"agreement": float(same.mean()), "se": _se(same)},
-            "perplexity": {"source": _exp(mine), "artifact": _exp(theirs), "ratio": _exp(theirs - mine)},
-        }  # fmt: skip
+        with np.errstate(all="ignore"):  # of infinite values
+            return {
+                "scored": len(kld),
+                "kld": {
+                    "mean": float(kld.mean()), "se": _se(kld), "median": float(np.median(kld)),
+                    "p99": float(np.quantile(kld, 0.99)), "max": float(kld.max()),
+                },
+                "top1": {"agreement": float(same.mean()), "se": _se(same)},
+                "perplexity": {"source": _exp(mine), "artifact": _exp(theirs), "ratio": _exp(theirs - mine)},
+            }  # fmt: skip
 
 
-def _se(values: F64) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _se(values: F64) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _exp(values: F64) -> dict[str, float]:
+def _exp(values: F64) -> dict[str, float | None]:
     """exp of a mean, with its standard error."""
-    value = math.exp(min(float(values.mean()), 700.0))
-    return {"value": value, "se": value * _se(values)}
+    value, se = float(np.exp(values.mean())), _se(values)
+    return {"value": value, "se": None if se is None else value * se}
 
 
 @dataclass
@@ -106,6 +122,12 @@ class Walked:
 
 def walk_both(source: Source, artifact: Source, texts: Texts, device: str, show: ShowProgress) -> Walked:
     """Both models over the text, layer by layer, then their logits."""
+    at, following = scored_positions(texts.sequences)
+    if not len(at):
+        raise UsageError(
+            "the text has no token to score", found=texts.name, expected="a sequence of three tokens at least",
+            remedy="give a longer text",
+        )  # fmt: skip
     where = choose_device(device)
     mine, theirs = (Walk(Weights(side, where), texts.sequences) for side in (source, artifact))
     walked = Walked()
@@ -117,14 +139,22 @@ def walk_both(source: Source, artifact: Source, texts: Texts, device: str, show:
                 walk.attend(layer)
                 walk.choose(layer)
             _experts(mine, theirs, layer, walked)
-            lost = (theirs.x - mine.x).double().square().sum() / mine.x.double().square().sum()
-            walked.layers[-1]["hidden_error"] = float(lost.sqrt())
+            walked.layers[-1]["hidden_error"] = _distance(mine.x, theirs.x)
             for walk in (mine, theirs):
                 walk.weights.forget()
             advance(1)
-        _score(mine, theirs, texts, walked.scores)
+        _score(mine, theirs, at, following, walked.scores)
         advance(1)
     return walked
+
+
+def _distance(mine: Tensor, theirs: Tensor) -> float:
+    """√(Σ(theirs − mine)² / Σ mine²) of two streams [N, D], a run of tokens at a time."""
+    square = lost = 0.0
+    for start in range(0, len(mine), TOKENS_AT_ONCE):
+        a, b = (side[start : start + TOKENS_AT_ONCE] for side in (mine, theirs))
+        square, lost = square + float(a.double().square().sum()), lost + float((b - a).double().square().sum())
+    return relative(lost, square)
 
 
 def _experts(mine: Walk, theirs: Walk, layer: int, walked: Walked) -> None:
@@ -150,7 +180,7 @@ def _experts(mine: Walk, theirs: Walk, layer: int, walked: Walked) -> None:
             ]
             outputs.append(torch.cat(parts).double() if parts else torch.zeros(0))
         energy, error = float(outputs[0].square().sum()), float((outputs[1] - outputs[0]).square().sum())
-        errors.append(math.sqrt(error / energy) if energy else None)
+        errors.append(relative(error, energy) if len(sample) else None)
         square, lost = square + energy, lost + error
         for walk, (tokens, shares), (gate_up, down) in zip((mine, theirs), own, matrices, strict=True):
             for part, u in walk.inputs(tokens):
@@ -158,7 +188,7 @@ def _experts(mine: Walk, theirs: Walk, layer: int, walked: Walked) -> None:
                 walk.add(tokens[part], shares[part], y)
     walked.tokens.append(counts)
     walked.errors.append(errors)
-    walked.layers.append({"layer": layer, "output_error": math.sqrt(lost / square) if square else 0.0})
+    walked.layers.append({"layer": layer, "output_error": relative(lost, square)})
 
 
 def scored_positions(sequences: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
@@ -172,12 +202,7 @@ def scored_positions(sequences: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Te
     return torch.from_numpy(np.concatenate(at)), torch.from_numpy(np.concatenate(following).astype(np.int64))
 
 
-def _score(mine: Walk, theirs: Walk, texts: Texts, scores: Scores) -> None:
-    at, following = scored_positions(texts.sequences)
-    if not len(at):
-        raise UsageError(
-            "the text has no token to score", found=texts.name, expected="sequences of three tokens at least"
-        )
+def _score(mine: Walk, theirs: Walk, at: Tensor, following: Tensor, scores: Scores) -> None:
     step = max(mine.tokens_of_logits // 4, 1)
     for start in range(0, len(at), step):
         part = slice(start, start + step)
@@ -193,17 +218,22 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """The document that `compare --json` prints and `--report` shows."""
     _require_same_shape(source, artifact)
-    walked = None if texts is None else walk_both(source, artifact, texts, device, show)
-    tensors = compare_tensors(source, artifact, threads, show)
+    method = _method(artifact)
+    with SourceHashing(source) as mine, SourceHashing(artifact) as theirs:
+        use_threads(threads)
+        walked = None if texts is None else walk_both(source, artifact, texts, device, show)
+        tensors = compare_tensors(source, artifact, threads, show)
+        digests = mine.join(), theirs.join()
     c = source.config
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "source": _side(source),
+        "source": _side(source, digests[0]),
         "artifact": {
-            **_side(artifact),
+            **_side(artifact, digests[1]),
             "widened": None if artifact.wide is None else [artifact.wide.hidden, artifact.wide.intermediate],
-            "method": _method(artifact),
+            "method": method,
             "losses": list(artifact.losses),
+            "notes": _notes(artifact),
         },
         "model": {
             "layers": c.layers, "experts": c.experts, "experts_per_token": c.experts_per_token, "hidden": c.hidden,
@@ -238,18 +268,30 @@ def _require_same_shape(source: Source, artifact: Source) -> None:
         )  # fmt: skip
 
 
-def _side(source: Source) -> dict[str, Any]:
+def _side(source: Source, digests: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": Path(source.path).resolve().name,
         "layout": str(source.layout),
         "bytes": sum(file.size for file in source.files),
-        "digest": None,
+        "files": [{"name": f.name, "bytes": f.size, "sha256": digests[f.name]} for f in source.files],
     }
 
 
 def _method(artifact: Source) -> str | None:
-    found = artifact.metadata.get("gptoss-convert.rounding.method")
-    return None if found is None else str(found.value)
+    """How the artifact was rounded, as a GGUF's metadata or a file in a folder says."""
+    found = artifact.metadata.get(KEY + "method")
+    if found is not None:
+        return str(found.value)
+    if not (artifact.path.is_dir() and (artifact.path / FILE).exists()):
+        return None
+    method = read_json(resolve_inside(artifact.path, FILE)).get("method")
+    return method if isinstance(method, str) else None
+
+
+def _notes(artifact: Source) -> list[str]:
+    """What a reader of the figures must know."""
+    rounded = any("int8_channel" in held_encodings(view) for view in artifact.views.values())
+    return [INT8_NOTE] if rounded else []
 
 
 def _sizes(source: Source, artifact: Source) -> dict[str, dict[str, float]]:
@@ -273,41 +315,3 @@ def _coverage(tokens: list[list[int]], columns: int, total: int) -> dict[str, An
         "short": sum(count < needed for row in tokens for count in row),
         "router_load": [[round(count / max(total, 1), 6) for count in row] for row in tokens],
     }
-
-
-# --- gates -------------------------------------------------------------------------------------------------------------
-
-
-def parse_gate(text: str) -> tuple[str, float]:
-    """ "kld=0.02" → (metric, limit)."""
-    metric, _, limit = text.partition("=")
-    try:
-        value = float(limit)
-    except ValueError:
-        value = math.nan
-    if metric not in METRICS or not value >= 0:
-        raise UsageError("not a gate", found=text, expected=f"METRIC=LIMIT, METRIC one of {', '.join(METRICS)}")
-    return metric, value
-
-
-def judge(document: dict[str, Any], gates: Sequence[tuple[str, float]]) -> bool:
-    """Measure the document by its gates, write the result into it; whether all are kept."""
-    for metric, limit in gates:
-        found = _metric(document, metric)
-        document["gates"].append({"metric": metric, "limit": limit, "found": found, "passed": found <= limit})
-    return all(gate["passed"] for gate in document["gates"])
-
-
-def _metric(document: Mapping[str, Any], metric: str) -> float:
-    if metric == "tensor_rms":
-        return float(max(tensor["relative_rms"] for tensor in document["tensors"]))
-    text = document["text"]
-    if text is None:
-        raise UsageError(f"the gate {metric} needs a text", remedy="give --text")
-    if metric == "expert_error":
-        return float(max((e for row in document["experts"]["output_error"] for e in row if e is not None), default=0.0))
-    if metric == "top1_disagreement":
-        return 1.0 - float(text["top1"]["agreement"])
-    if metric == "perplexity_ratio":
-        return float(text["perplexity"]["ratio"]["value"])
-    return float(text["kld"]["mean" if metric == "kld" else metric.removeprefix("kld_")])

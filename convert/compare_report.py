@@ -12,21 +12,22 @@ from statistics import median
 from typing import Any
 
 from gptoss_convert.convert.report_charts import ERROR, TOKENS, HeatMap, Scale, layer_chart, size_table
+from gptoss_convert.convert.report_footer import footer
 from gptoss_convert.convert.report_page import (
-    PARTS,
+    NOT_FINITE,
+    finite,
     name,
     number,
     page,
     percent,
     section,
     size,
-    sortable,
     table,
     text,
     uncertain,
 )
+from gptoss_convert.convert.report_tensors import distance, not_finite_list, spoilt_sides, tensor_section, weight
 
-WORST = 20
 Document = Mapping[str, Any]
 
 
@@ -39,11 +40,11 @@ def render(document: Document) -> str:
         _experts(document),
         _coverage(document),
         _layers(document),
-        _tensors(document),
+        tensor_section(document),
     ]
     title = f"{text(document['artifact']['name'])} compared with {text(document['source']['name'])}"
     main = "\n".join(part for part in sections if part)
-    return page(title, f"<main>\n{main}\n</main>\n{_provenance(document)}", _shades())
+    return page(title, f"<main>\n{main}\n</main>\n{footer(document)}", _shades())
 
 
 def _shades() -> str:
@@ -56,17 +57,23 @@ def _ratio(document: Document) -> float:
     return document["artifact"]["bytes"] / source if source else math.nan
 
 
-def _verdict(document: Document) -> str:
-    source, artifact, words = document["source"], document["artifact"], document["text"]
-    ratio = percent(_ratio(document))
+def _headline(document: Document) -> str:
+    words, ratio = document["text"], percent(_ratio(document))
     equal = sum(tensor["equal"] for tensor in document["tensors"])
     count = len(document["tensors"])
+    if odd := spoilt_sides(document):
+        return f"{' and '.join(odd).capitalize()} hold{'s' if len(odd) == 1 else ''} values that are not finite."
+    if words and not finite(words["top1"]["agreement"]):
+        return "On this text the likelihoods are not finite numbers."
     if count and equal == count:
-        headline = f"Nothing lost: every tensor holds the source’s values, at {ratio} of its size."
-    elif words:
-        headline = f"The same first choice at {percent(words['top1']['agreement'])} of places, at {ratio} of the size."
-    else:
-        headline = f"{count - equal:,} of {count:,} tensors changed, at {ratio} of the size."
+        return f"Nothing lost: every tensor holds the source’s values, at {ratio} of its size."
+    if words:
+        return f"The same first choice at {percent(words['top1']['agreement'])} of places, at {ratio} of the size."
+    return f"{count - equal:,} of {count:,} tensors changed, at {ratio} of the size."
+
+
+def _verdict(document: Document) -> str:
+    source, artifact, words = document["source"], document["artifact"], document["text"]
     against = f"<b>{name(artifact['name'])}</b> compared with <b>{name(source['name'])}</b>"
     if words:
         against += f" on {words['scored']:,} places of {name(words['name'])}"
@@ -74,9 +81,11 @@ def _verdict(document: Document) -> str:
     stated = (
         f'<p>Given up on purpose, as the artifact itself says:</p><ul class="losses">{losses}</ul>' if losses else ""
     )
+    stated += "".join(f'<p class="note">Note: {name(note)}.</p>' for note in artifact["notes"])
     return (
-        f'<header><p class="eyebrow">{against}</p><h1>{headline}</h1>{_badge(document["gates"])}'
-        f'<p class="lead">{_meaning(document)}</p>{_tiles(document)}{stated}</header>{_gates(document["gates"])}'
+        f'<header><p class="eyebrow">{against}</p><h1>{_headline(document)}</h1>{_badge(document["gates"])}'
+        f'<p class="lead">{_meaning(document)}</p>{not_finite_list(document)}{_tiles(document)}{stated}</header>'
+        f"{_gates(document['gates'])}"
     )
 
 
@@ -93,6 +102,8 @@ def _meaning(document: Document) -> str:
             + need
         )
     top, kld = words["top1"], words["kld"]
+    if not (finite(top["agreement"]) and finite(kld["mean"])):
+        return "A figure in which a value that is not finite takes part is no number, and it keeps no limit. " + need
     if top["agreement"] >= 1 and kld["max"] == 0:
         return "At every place that was scored it gives exactly the source’s likelihoods. " + need
     same = uncertain(top["agreement"], top["se"], factor=100, unit=" %")
@@ -122,7 +133,7 @@ def _tiles(document: Document) -> str:
             (
                 "Mean KL divergence",
                 _value_and_error(kld["mean"], kld["se"]),
-                f"nats; half of the places below {number(kld['median'])}",
+                f"nats; half of the places below {number(kld['median'])}" if finite(kld["median"]) else "nats",
             ),
             (
                 "Top-1 agreement",
@@ -138,7 +149,7 @@ def _tiles(document: Document) -> str:
     tiles.append(("Size", size(artifact["bytes"]), f"{percent(_ratio(document))} of {size(source['bytes'])}"))
     if not words and document["layers"]:
         last = document["layers"][-1]
-        tiles.append(("Residual stream at the end", percent(last["hidden_error"]), "distance from the source’s"))
+        tiles.append(("Residual stream at the end", distance(last["hidden_error"]), "distance from the source’s"))
     made = "".join(
         f'<div><dt>{label}</dt><dd class="value">{value}</dd><dd class="under">{under}</dd></div>'
         for label, value, under in tiles
@@ -146,9 +157,9 @@ def _tiles(document: Document) -> str:
     return f'<dl class="tiles">{made}</dl>'
 
 
-def _value_and_error(value: float, error: float, *, factor: float = 1, unit: str = "") -> str:
+def _value_and_error(value: float | None, error: float | None, *, factor: float = 1, unit: str = "") -> str:
     shown, _, margin = uncertain(value, error, factor=factor, unit=unit).partition(" ± ")
-    return f"{shown} <small>± {margin}</small>"
+    return f"{shown} <small>± {margin}</small>" if margin else shown
 
 
 def _gates(gates: Sequence[Document]) -> str:
@@ -157,7 +168,7 @@ def _gates(gates: Sequence[Document]) -> str:
     rows = [
         (
             f'<th scope="row">{name(gate["metric"])}</th>',
-            f"{gate['found']:.6g}",
+            f"{gate['found']:.6g}" if finite(gate["found"]) else NOT_FINITE,
             f"{gate['limit']:.6g}",
             '<span class="passed">✓ kept</span>' if gate["passed"] else '<span class="failed">✗ not kept</span>',
         )
@@ -173,7 +184,6 @@ def _text(document: Document) -> str:
         return ""
     kld, perplexity = words["kld"], words["perplexity"]
     ratio = perplexity["ratio"]
-    telling = abs(ratio["value"] - 1) > 2 * ratio["se"]
     rows = [
         ("KL divergence, mean", uncertain(kld["mean"], kld["se"]), "nats; 0 is the same list of likelihoods"),
         ("KL divergence, median", number(kld["median"]), "half of the places are below"),
@@ -189,7 +199,7 @@ def _text(document: Document) -> str:
         (
             "their ratio",
             uncertain(*_pair(ratio)),
-            f"{'more than' if telling else 'no difference shown: within'} two standard errors from 1",
+            _telling(*_pair(ratio)),
         ),
     ]
     heads = ("measure", "#found", "meaning")
@@ -201,8 +211,14 @@ def _text(document: Document) -> str:
     return section("text", "On the text", note + table(heads, cells, "", "On the text"))
 
 
-def _pair(found: Document) -> tuple[float, float]:
+def _pair(found: Document) -> tuple[float | None, float | None]:
     return found["value"], found["se"]
+
+
+def _telling(ratio: float | None, error: float | None) -> str:
+    if not (finite(ratio) and finite(error)):
+        return "how far from 1 cannot be told"
+    return f"{'more than' if abs(ratio - 1) > 2 * error else 'no difference shown: within'} two standard errors from 1"
 
 
 def _sizes(document: Document) -> str:
@@ -214,7 +230,7 @@ def _experts(document: Document) -> str:
     experts = document["experts"]
     if not experts:
         return ""
-    errors, tokens = experts["output_error"], experts["tokens"]
+    errors, tokens = _errors(experts), experts["tokens"]
     scale = Scale.of(value for row in errors for value in row)
 
     def title(layer: int, expert: int) -> str:
@@ -223,19 +239,31 @@ def _experts(document: Document) -> str:
             "no token came" if found is None else f"{percent(found)}, {tokens[layer][expert]:,} tokens"
         )
 
+    found = [(value, i, e) for i, row in enumerate(errors) for e, value in enumerate(row) if value is not None]
+    known = [value for value, _, _ in found if finite(value)]
     heat = HeatMap(
         "error-map", "Output error of each expert, layers down, experts across", ERROR, scale, errors, title,
         lambda value: percent(value, 2), "no token came", lambda layer, expert: errors[layer][expert] is None,
+        NOT_FINITE if len(known) < len(found) else "",
+        lambda layer, expert: not finite(errors[layer][expert]) and errors[layer][expert] is not None,
     )  # fmt: skip
-    found = [(row[e], i, e) for i, row in enumerate(errors) for e in range(len(row)) if row[e] is not None]
-    worst = max(found, key=lambda cell: (_weight(cell[0]), -cell[1], -cell[2]), default=None)
+    worst = max(found, key=lambda cell: (weight(cell[0]), -cell[1], -cell[2]), default=None)
     first = f"Greatest: {title(worst[1], worst[2])}".replace("Layer", "layer") if worst else "No expert got a token."
-    middle = f" The median is {percent(median(value for value, _, _ in found))}." if found else ""
+    middle = f" The median is {percent(median(known))}." if known else ""
     note = (
         "<p>How far each expert’s output lies from the source’s, on the activations that reached it: root of the mean square of "
         f"the difference, relative to the output.{middle}</p>"
     )
     return section("experts", "Experts: error of the output", note + heat.figure(first))
+
+
+def _errors(experts: Document) -> list[list[float | None]]:
+    """Of each expert: None where no token came, NaN where JSON had null for what is no number."""
+    rows = zip(experts["output_error"], experts["tokens"], strict=True)
+    return [
+        [math.nan if error is None and n else error for error, n in zip(errors, counts, strict=True)]
+        for errors, counts in rows
+    ]
 
 
 def _coverage(document: Document) -> str:
@@ -280,22 +308,27 @@ def _layers(document: Document) -> str:
         "<p>What each layer’s experts get wrong when given the source’s own activations, and the distance that has gathered in "
         "the residual stream after the layer.</p>"
     )
+    if not all(finite(row[key]) for row in layers for key in ("output_error", "hidden_error")):
+        note += '<p class="failed">Where a line has no point, what it would show is not finite.</p>'
     return section(
         "layers", "Error through the layers", note + f"<figure>{layer_chart(layers)}</figure>{_layer_table(document)}"
     )
 
 
 def _layer_table(document: Document) -> str:
-    errors = (document["experts"] or {}).get("output_error") or []
+    errors = _errors(document["experts"]) if document["experts"] else []
     rows = []
     for i, row in enumerate(document["layers"]):
-        known = [(value, -e) for e, value in enumerate(errors[i] if i < len(errors) else []) if value is not None]
-        values = [value for value, _ in known]
+        known = [
+            (weight(value), -e) for e, value in enumerate(errors[i] if i < len(errors) else []) if value is not None
+        ]
+        values = [value for value, _ in known if finite(value)]
+        worst = max(known, default=None)
         rows.append(
             (
-                f'<th scope="row">{text(row["layer"])}</th>', percent(row["output_error"]), percent(row["hidden_error"]),
-                percent(median(values) if values else None), percent(max(values, default=None)),
-                str(-max(known)[1]) if known else "–", str(len(errors[i]) - len(known)) if i < len(errors) else "–",
+                f'<th scope="row">{text(row["layer"])}</th>', distance(row["output_error"]), distance(row["hidden_error"]),
+                percent(median(values) if values else None), distance(worst[0]) if worst else "–",
+                str(-worst[1]) if worst else "–", str(len(errors[i]) - len(known)) if i < len(errors) else "–",
             )
         )  # fmt: skip
     heads = (
@@ -308,83 +341,3 @@ def _layer_table(document: Document) -> str:
         "#without tokens",
     )
     return f"<details><summary>Table of layers</summary>{table(heads, rows, '', 'Table of layers')}</details>"
-
-
-def _tensors(document: Document) -> str:
-    tensors = document["tensors"]
-    changed = sorted((t for t in tensors if not t["equal"]), key=lambda t: (-_weight(t["relative_rms"]), t["name"]))
-    equal = len(tensors) - len(changed)
-    heads = ("tensor", "encoding", "#error", "#in its worst block", "where that is")
-    rows = [
-        (
-            f'<th scope="row" class="tensor">{name(t["name"])}</th>', _encodings(t), percent(t["relative_rms"]),
-            percent(t["worst"]["relative_rms"] if t["worst"] else None), _where(t),
-        )
-        for t in changed[:WORST]
-    ]  # fmt: skip
-    worst = (
-        f"<p>{equal:,} of {len(tensors):,} tensors hold the source’s values exactly. The {len(rows)} that moved furthest, by the "
-        f"root of the mean square of the difference relative to the values:</p>{table(heads, rows, 'worst', 'Worst tensors')}"
-        if rows
-        else f"<p>All {len(tensors):,} tensors hold the source’s values exactly.</p>"
-    )
-    return section("tensors", "Tensors that moved furthest" if rows else "Tensors", worst + _all_tensors(tensors))
-
-
-def _weight(error: float) -> float:
-    """An error to sort by: what is no number is the worst."""
-    return error if math.isfinite(error) else math.inf
-
-
-def _encodings(tensor: Document) -> str:
-    before, after = text(tensor["source_encoding"]), text(tensor["artifact_encoding"])
-    return before if before == after else f"{before} → {after}"
-
-
-def _where(tensor: Document) -> str:
-    worst = tensor["worst"]
-    if worst is None:
-        return "–"
-    expert = f"expert {worst['expert']}, " if len(tensor["shape"]) > 2 else ""
-    return f"{expert}row {worst['row']:,}, columns {worst['column']:,}–{worst['column'] + worst['columns'] - 1:,}"
-
-
-def _all_tensors(tensors: Sequence[Document]) -> str:
-    heads = ("tensor", "part", "shape", "encoding", "#size", "#error")
-    rows = [
-        (
-            f'<th scope="row" class="tensor">{name(t["name"])}</th>', text(PARTS.get(t["part"], t["part"])),
-            " × ".join(text(n) for n in t["shape"]), _encodings(t), sortable(t["bytes"], size(t["bytes"])),
-            sortable(t["relative_rms"], "equal" if t["equal"] else percent(t["relative_rms"])),
-        )
-        for t in tensors
-    ]  # fmt: skip
-    return f"<details><summary>All {len(tensors):,} tensors</summary>{table(heads, rows, 'sortable', 'All tensors')}</details>"
-
-
-def _provenance(document: Document) -> str:
-    model, words, artifact = document["model"], document["text"], document["artifact"]
-    rows = [
-        (side, f"{name(it['name'])}, {name(it['layout'])}, {it['bytes']:,} bytes<br>{_digest(it['digest'])}")
-        for side, it in (("source", document["source"]), ("artifact", artifact))
-    ]
-    if artifact["method"]:
-        rows.append(("method", name(artifact["method"])))
-    if artifact["widened"]:
-        wide, inner = artifact["widened"]
-        rows.append(
-            ("widened", f"hidden {model['hidden']:,} → {wide:,}, intermediate {model['intermediate']:,} → {inner:,}")
-        )
-    shape = f"{model['layers']} layers, {model['experts']} experts of which {model['experts_per_token']} a token, "
-    shape += f"hidden {model['hidden']:,}, intermediate {model['intermediate']:,}, vocabulary {model['vocab']:,}"
-    rows.append(("model", f"{name(model['release'])}: {shape}" if model["release"] else shape))
-    if words:
-        rows.append(("text", f"{name(words['name'])}, {words['tokens']:,} tokens<br>{_digest(words['digest'])}"))
-    versions = ", ".join(f"{text(key)} {text(value)}" for key, value in sorted(document["versions"].items()) if value)
-    rows += [("made with", f"{versions}, on {name(document['device'])}"), ("document", text(document["schema"]))]
-    listed = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in rows)
-    return f"<footer><h2>What was compared</h2><dl>{listed}</dl></footer>"
-
-
-def _digest(digest: str | None) -> str:
-    return f"<code>{text(digest)}</code>" if digest else "no digest"

@@ -15,7 +15,6 @@ from typing import Any
 
 from gptoss_convert.convert.calibration import Calibration, Wish, calibration
 from gptoss_convert.convert.certificate import FOLDER_NAME, certificate, file_name
-from gptoss_convert.convert.companions import ReadOnce
 from gptoss_convert.convert.cut import choose, first_ones
 from gptoss_convert.convert.forecast import require_sense
 from gptoss_convert.convert.own_encodings import (
@@ -27,6 +26,7 @@ from gptoss_convert.convert.own_encodings import (
 from gptoss_convert.convert.plan import Plan, Step, make_steps, peak_memory, threads_within
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.proof import Proof, prove, work_size
+from gptoss_convert.convert.protect import files_read, protect_inputs
 from gptoss_convert.convert.rebase import Base, count_blocks, rebase, require_mxfp4_experts
 from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
@@ -228,7 +228,9 @@ def convert(path: Path, target: Path, options: Options, show: ShowProgress) -> O
         _noticing_changes(source),
         open_base(options) as release,
     ):
-        _protect_inputs(target, path, options, *(s for s in (source, release) if s is not None))
+        text = options.rounding.path
+        given = [p for p in (path, options.tokenizer, options.base, options.recipe, text) if p is not None]
+        protect_inputs(target, [*given, *files_read(source, release)])
         with SourceHashing(source) as hashing, _hashing(release) as base_hashing:
             whole = source if release is None else rebase(source, release)
             found = None
@@ -317,22 +319,6 @@ def _noticing_changes(source: Source) -> Iterator[None]:
     except (BadInput, Refused, ProofFailed):
         source.check_unchanged()
         raise
-
-
-def _protect_inputs(target: Path, path: Path, options: Options, *sources: Source) -> None:
-    """Refuse a target that is, or holds, anything the conversion reads."""
-    read = [path, *(p for p in (options.tokenizer, options.base, options.recipe) if p is not None)]
-    for source in sources:
-        read.extend(file.path for file in source.files)
-        read.extend(c.path for c in source.companions.values() if isinstance(c, ReadOnce))
-    place = target.resolve()
-    taken = next((p for p in read if p.resolve().is_relative_to(place)), None)
-    if taken is not None:
-        raise UsageError(
-            "the output would take the place of what it is made from",
-            found=taken,
-            expected=f"something outside {target}",
-        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_convert.convert.report_page import PARTS, number, percent, size, text
+from gptoss_convert.convert.report_page import PARTS, finite, number, percent, size, text
 
 STEPS = 24
 """Shades of a colour scale."""
@@ -234,14 +234,14 @@ LINES = (
 
 
 def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Error by layer: what each adds, and what has gathered in the residual stream."""
+    """Error by layer: what each adds, and what has gathered in the residual stream. What is not finite has no point."""
     left, top, wide, high = 52, 12, 680, 220
-    found = [row[line.key] for row in layers for line in LINES if row[line.key] is not None]
-    marks = ticks(max((value for value in found if math.isfinite(value)), default=0.0))
+    found = [row[line.key] for row in layers for line in LINES]
+    marks = ticks(max(filter(finite, found), default=0.0))
     last = max(1, len(layers) - 1)
 
     def place(index: int, value: float) -> tuple[float, float]:
-        share = min(1.0, value / marks[-1]) if math.isfinite(value) else 1.0
+        share = min(1.0, value / marks[-1])
         return round(left + 8 + index / last * (wide - 16), 1), round(top + high * (1 - share), 1)
 
     parts = []
@@ -268,9 +268,7 @@ def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(line: Line, layers: Sequence[Mapping[str, Any]], place: Callable[[int, float], tuple[float, float]]) -> str:
     points = [
-        (place(i, row[line.key]), row["layer"], row[line.key])
-        for i, row in enumerate(layers)
-        if row[line.key] is not None
+        (place(i, row[line.key]), row["layer"], row[line.key]) for i, row in enumerate(layers) if finite(row[line.key])
     ]
     path = " ".join(f"{x:g},{y:g}" for (x, y), _, _ in points)
     marks = "".join(

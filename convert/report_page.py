@@ -8,6 +8,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from importlib import resources
+from typing import TypeGuard
 
 from gptoss_convert.errors import printable
 
@@ -15,6 +16,7 @@ PARTS = {
     "gate_up": "experts, gate and up", "down": "experts, down", "attention": "attention", "embedding": "embedding",
     "head": "output head", "router": "router", "norm": "norms", "bias": "biases", "sinks": "attention sinks",
 }  # fmt: skip
+NOT_FINITE = "not finite"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -49,10 +51,20 @@ def percent(value: float | None, digits: int = 3) -> str:
     return f"{number(100 * value, digits)} %"
 
 
-def uncertain(value: float, error: float, *, factor: float = 1, unit: str = "") -> str:
-    """`value ± error`, to the second digit of the error."""
-    value, error = factor * value, factor * error
-    if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether it is a number; in a document that was JSON, null is none."""
+    return value is not None and math.isfinite(value)
+
+
+def uncertain(value: float | None, error: float | None, *, factor: float = 1, unit: str = "") -> str:
+    """`value ± error`, to the second digit of the error; of a value that is no number, that alone."""
+    if not finite(value):
+        return NOT_FINITE if value is None else number(value)
+    value = factor * value
+    if error is None:
+        return f"{number(value, 4)} ± unknown{unit}"
+    error = factor * error
+    if not math.isfinite(error) or error <= 0:
         return f"{number(value, 4)} ± {number(error, 2)}{unit}"
     decimals = min(9, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}{unit}".replace("-", "−")
@@ -141,6 +153,6 @@ def _td(cell: str, right: bool) -> str:
     return f'<td class="n">{cell}</td>' if right else f"<td>{cell}</td>"
 
 
-def sortable(value: float, shown: str) -> str:
-    """A cell of a sortable table that is sorted by `value`."""
-    return f'<td class="n" data-v="{value if math.isfinite(value) else 1e308:.9g}">{shown}</td>'
+def sortable(value: float | None, shown: str) -> str:
+    """A cell of a sortable table that is sorted by `value`; what is no number is the largest."""
+    return f'<td class="n" data-v="{value if finite(value) else 1e308:.9g}">{shown}</td>'

@@ -65,7 +65,7 @@ def command(
         raise UsageError("a statistics file's name ends in .gguf", found=out.name, remedy=f"name it {out.name}.gguf")
     require_torch()
     from gptoss_convert.convert.calibrate import calibrate
-    from gptoss_convert.convert.texts import read_texts
+    from gptoss_convert.convert.texts import DEFAULT, read_texts
 
     statistics, config = calibrate(
         resolve_source(src, progress),
@@ -78,6 +78,7 @@ def command(
         overwrite=overwrite,
         gate_proj=gate_proj,
         tokenizer=tokenizer,
+        reads=[] if text == DEFAULT else [Path(text)],
         show=progress,
     )
     document = {

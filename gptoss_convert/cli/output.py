@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -49,8 +50,19 @@ def print_error(document: Mapping[str, object]) -> None:
         _print_document(document)
 
 
+def strict(value: object) -> object:
+    """The same for JSON, which has no number that is not finite: null stands in its place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return value
+
+
 def _print_document(document: Mapping[str, object]) -> None:
-    text = json.dumps(document, indent=2, ensure_ascii=True)
+    text = json.dumps(strict(document), indent=2, ensure_ascii=True, allow_nan=False)
     _Documents.printed = True
     print(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from support.activations import inputs_in_transformers
-from support.checkpoints import SMALL, STEADY, Model, write_hf
+from support.checkpoints import SMALL, STEADY, Model, write_bf16, write_hf
 
 from gptoss_convert.cli.calibrate import command
 from gptoss_convert.convert import calibrate as calibrating
@@ -23,7 +25,7 @@ from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Statistics, read_statistics
 from gptoss_convert.convert.texts import Texts
-from gptoss_convert.errors import BadInput
+from gptoss_convert.errors import BadInput, TargetExists, UsageError
 from gptoss_convert.quant.shrinkage import own_weight
 
 SPEC = replace(SMALL, experts=8)
@@ -152,6 +154,48 @@ def test_a_spoilt_stream_is_not_gone_on_from(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr(calibrating, "collect_layer", real)
     run(checkpoint, tmp_path / "killed.gguf")
     assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path: Path) -> None:
+    for name in ("model", "text"):
+        write_hf(Model(SPEC), tmp_path / "source")
+        (tmp_path / "t.txt").write_text("The weights of a model are numbers. " * 40)
+        victim = tmp_path / "source" / "model.safetensors" if name == "model" else tmp_path / "t.txt"
+        if not victim.exists():
+            victim = next((tmp_path / "source").glob("*.safetensors"))
+        before = victim.read_bytes()
+        with pytest.raises(UsageError, match="take the place"):
+            calibrate(
+                tmp_path / "source",
+                victim,
+                lambda _: texts(),
+                context=50,
+                overwrite=True,
+                reads=[tmp_path / "t.txt"],
+                show=silent,
+            )
+        assert victim.read_bytes() == before
+        with pytest.raises(TargetExists, match="only those that this tool wrote"):
+            calibrate(
+                tmp_path / "source", tmp_path / "s.gguf", lambda _: texts(), context=50, overwrite=True,
+                hessians=tmp_path / "source", show=silent,
+            )  # fmt: skip
+        shutil.rmtree(tmp_path / "source")
+
+
+def test_a_model_that_computes_no_numbers_is_refused_and_an_older_file_stays(tmp_path: Path) -> None:
+    write_bf16(Model(SPEC), tmp_path / "bf16")
+    path = next(
+        p for p in sorted((tmp_path / "bf16").glob("*.safetensors")) if any("down_proj" in n for n in load_file(p))
+    )
+    tensors = load_file(path)
+    next(t for n, t in tensors.items() if n.endswith("down_proj"))[2, 3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "good.gguf").write_bytes(b"good")
+    with pytest.raises(BadInput, match="not a number"):
+        calibrate(tmp_path / "bf16", tmp_path / "good.gguf", lambda _: texts(), context=50, overwrite=True, show=silent)
+    assert (tmp_path / "good.gguf").read_bytes() == b"good"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16", "good.gguf"]
 
 
 def test_coverage_says_who_is_short_and_how_much_text_would_do(checkpoint: Path, tmp_path: Path) -> None:

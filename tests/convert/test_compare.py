@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import shutil
+import warnings
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +20,15 @@ from support.checkpoints import SMALL, STEADY, Model, write_bf16, write_hf
 
 from gptoss_convert.cli import main
 from gptoss_convert.cli.compare import command
-from gptoss_convert.convert.compare import Scores, compare, judge, parse_gate, scored_positions
+from gptoss_convert.convert import compare as comparing
+from gptoss_convert.convert.calibration import Wish
+from gptoss_convert.convert.compare import Scores, compare, scored_positions
+from gptoss_convert.convert.compare_gates import METRICS, judge
 from gptoss_convert.convert.conversion import Options, convert
-from gptoss_convert.convert.progress import silent
+from gptoss_convert.convert.progress import Advance, silent
 from gptoss_convert.convert.source import open_source
-from gptoss_convert.convert.texts import read_texts
-from gptoss_convert.errors import BadInput, UsageError
+from gptoss_convert.convert.texts import Texts, read_texts
+from gptoss_convert.errors import BadInput, InputChanged, UsageError
 
 SPEC = replace(STEADY, layers=2, heads=4, experts_per_token=2)
 TEXT = "The weights of a model are numbers, and a converter moves them. def convert(source): return 1, 22, 333\n" * 12
@@ -141,12 +149,6 @@ def test_two_different_models_are_refused(folder: Path, tmp_path: Path) -> None:
         assert "gate_up_proj" in error.value.tensor
 
 
-@pytest.mark.parametrize("text", ["kld", "kld=", "kld=x", "kld=-1", "speed=3", "=1", "kld=nan"])
-def test_a_gate_that_says_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="not a gate"):
-        parse_gate(text)
-
-
 def test_gates_are_judged_by_the_documents_figures(folder: Path) -> None:
     found = document(folder, "q4.gguf")
     mean = found["text"]["kld"]["mean"]
@@ -177,3 +179,141 @@ def test_the_table_tells_the_figures(folder: Path) -> None:
     mean = document(folder, "q4.gguf")["text"]["kld"]["mean"]
     assert f"mean {mean:.6f} ±" in result.stdout
     assert "relative RMS" in result.stdout
+
+
+# --- what is not finite ------------------------------------------------------------------------------------------------
+
+
+def spoilt(folder: Path, name: str, stored: str, place: tuple[int, ...], value: float) -> Path:
+    model = Model(SPEC)
+    model.tensors[stored][place] = value
+    write_bf16(model, folder / name, rope="parameters")
+    return folder / name
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["artifact", "source"])
+def test_one_weight_that_is_no_number_spoils_every_figure_it_takes_part_in(
+    folder: Path, tmp_path: Path, swapped: bool
+) -> None:
+    odd = spoilt(tmp_path, "odd", "block.1.attn.out.weight", (3, 5), math.nan)
+    found = document(folder, "source", str(odd)) if swapped else document(folder, str(odd))
+    text = found["text"]
+    for figure in (
+        *(text["kld"][key] for key in ("mean", "median", "p99", "max")), text["top1"]["agreement"],
+        text["perplexity"]["ratio"]["value"], found["layers"][1]["hidden_error"],
+    ):  # fmt: skip
+        assert math.isnan(figure)
+    side, other = ("source", "artifact") if swapped else ("artifact", "source")
+    assert math.isfinite(text["perplexity"][other]["value"])
+    assert math.isnan(text["perplexity"][side]["value"])
+    (tensor,) = (t for t in found["tensors"] if t["not_finite"])
+    assert tensor["not_finite"] == {side: 1, other: 0, "expert": 0, "row": 3, "column": 5}
+    limits = [(metric, 1e300) for metric in METRICS]
+    assert not judge(found, limits)
+    assert not any(gate["passed"] for gate in found["gates"])
+
+
+def test_an_experts_weight_that_is_no_number_is_its_error(folder: Path, tmp_path: Path) -> None:
+    odd = spoilt(tmp_path, "odd", "block.0.mlp.mlp2_bias", (1, 4), math.nan)
+    found = document(folder, str(odd))
+    errors, counts = found["experts"]["output_error"][0], found["experts"]["tokens"][0]
+    assert counts[1]
+    assert math.isnan(errors[1])
+    assert math.isnan(found["layers"][0]["output_error"])
+    assert all(error is None or math.isfinite(error) for e, error in enumerate(errors) if e != 1)
+
+
+def test_likelihoods_that_are_no_numbers_agree_with_nothing() -> None:
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    broken = logits.clone()
+    broken[1] = math.nan
+    for pair in ((logits, broken), (broken, logits), (broken, broken)):
+        scores = Scores()
+        scores.add(*pair, torch.arange(3))
+        assert np.isnan(scores.same[0]).tolist() == [False, True, False]
+        found = scores.summary()
+        assert math.isnan(found["top1"]["agreement"])
+        assert math.isnan(found["kld"]["p99"])
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    scores = Scores()
+    logits = torch.zeros(2, 4)
+    logits[:, 0] = 4000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores.add(torch.zeros(2, 4), logits, torch.tensor([1, 2]))
+        assert scores.summary()["perplexity"]["artifact"]["value"] == math.inf
+
+
+# --- few tokens, many tokens -------------------------------------------------------------------------------------------
+
+
+def test_of_a_single_token_no_error_is_known() -> None:
+    scores = Scores()
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
+    scores.add(logits, logits + torch.linspace(0, 1, 30), torch.arange(1))
+    found = scores.summary()
+    assert found["kld"]["se"] is found["top1"]["se"] is found["perplexity"]["ratio"]["se"] is None
+    assert found["kld"]["mean"] > 0
+
+
+def test_a_text_without_a_token_to_score_is_refused_before_any_work(folder: Path) -> None:
+    texts = Texts([np.array([1, 2], np.int32)] * 3, "short.txt", "", 6, {})
+
+    def never(label: str, total: int) -> AbstractContextManager[Advance]:
+        raise AssertionError(label)
+
+    with open_source(folder / "source") as a, pytest.raises(UsageError, match="no token to score") as error:
+        compare(a, a, texts, show=never)
+    assert error.value.found == "short.txt"
+    assert error.value.remedy is not None
+
+
+def test_the_streams_distance_is_summed_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(1000, 7, generator=generator) for _ in range(2))
+    whole = float(((b - a).double().square().sum() / a.double().square().sum()).sqrt())
+    for run in (1, 64, 999, 1000, 4096):
+        monkeypatch.setattr(comparing, "TOKENS_AT_ONCE", run)
+        assert comparing._distance(a, b) == pytest.approx(whole, rel=1e-12)
+
+
+# --- what was compared -------------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_both_sides_is_told_with_its_digest(folder: Path) -> None:
+    found = document(folder, "q4.gguf", text=False)
+    for side, path in (("source", folder / "source"), ("artifact", folder / "q4.gguf")):
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        assert sorted(found[side]["files"], key=lambda file: str(file["name"])) == [
+            {"name": f.name, "bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
+            for f in files
+        ]
+        assert found[side]["bytes"] == sum(file["bytes"] for file in found[side]["files"])
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "q4.gguf", tmp_path / "q4.gguf")
+    with open_source(folder / "source") as a, open_source(tmp_path / "q4.gguf") as b:
+        os.truncate(tmp_path / "q4.gguf", 1 << 12)
+        with pytest.raises(InputChanged):
+            compare(a, b, None, show=silent)
+
+
+def test_of_int8_it_is_said_that_activations_are_rounded_too(folder: Path) -> None:
+    for to, noted in (("int8", True), ("int8-g32", False)):
+        convert(folder / "source", folder / to, Options(to=to, proof=False), silent)
+        notes = document(folder, to, text=False)["artifact"]["notes"]
+        assert [("activations" in note and "W8A8" in note) for note in notes] == [True] * noted
+
+
+def test_the_method_is_known_of_files_and_of_folders(folder: Path) -> None:
+    wish = Wish("importance", str(folder / "text.txt"), context=64, tokens=256)
+    convert(
+        folder / "source", folder / "i.gguf", Options(to="gguf", type="q4_0", allow_larger=True, rounding=wish), silent
+    )
+    convert(folder / "source", folder / "int4", Options(to="int4", rounding=wish), silent)
+    assert [document(folder, name, text=False)["artifact"]["method"] for name in ("i.gguf", "int4", "q4.gguf")] == [
+        "importance", "importance", None,
+    ]  # fmt: skip

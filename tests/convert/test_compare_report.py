@@ -9,13 +9,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from support.compare_document import document, large
+from support.compare_document import broken, document, large
 
+from gptoss_convert.cli.output import strict
 from gptoss_convert.convert.compare_report import render
 from gptoss_convert.convert.report_charts import ERROR, STEPS, TOKENS, Ramp, Scale, ticks
 from gptoss_convert.convert.report_page import number, percent, size, uncertain
@@ -158,7 +160,7 @@ def test_a_part_that_was_not_measured_is_left_out(missing: str, whole: dict[str,
 
 def test_the_least_document_is_a_page(whole: dict[str, Any]) -> None:
     least: dict[str, Any] = whole | {"experts": None, "layers": None, "text": None, "coverage": None, "gates": []}
-    nothing = {"digest": None, "widened": None, "method": None, "losses": []}
+    nothing = {"files": [], "notes": [], "widened": None, "method": None, "losses": []}
     least |= {"artifact": whole["artifact"] | nothing, "model": whole["model"] | {"release": None}, "tensors": []}
     least |= {"sizes": {"parts": {}}, "versions": {"gptoss_convert": "0", "torch": None}}
     found = Reader(render(least))
@@ -259,8 +261,10 @@ def test_every_tensor_is_listed(whole: dict[str, Any], reader: Reader) -> None:
 def test_provenance_is_complete(whole: dict[str, Any], reader: Reader) -> None:
     footer = reader.text[reader.text.index("What was compared") :]
     for side in ("source", "artifact", "text"):
-        assert whole[side]["digest"] in footer
         assert whole[side]["name"] in footer
+    assert whole["text"]["digest"] in footer
+    for file in [*whole["source"]["files"], *whole["artifact"]["files"]]:
+        assert f"{file['name']}, {file['bytes']:,} bytes, SHA-256 {file['sha256'][:16]}…" in footer
     for said in (
         "gptoss_convert 0.1.0, torch 2.6.0, on cpu",
         "hidden 2,880 → 3,072",
@@ -280,6 +284,79 @@ def test_what_is_no_number_is_said_so(whole: dict[str, Any]) -> None:
     assert "Layer 1, expert 1: not a number" in found.text
     assert "Layer 1, expert 2: infinite" in found.text
     assert not re.search(r"\bnan\b|\binf\b", render(spoilt))
+
+
+def as_json(document: dict[str, Any]) -> dict[str, Any]:
+    """As `--json` prints it, read again."""
+    read: dict[str, Any] = json.loads(json.dumps(strict(document), allow_nan=False))
+    return read
+
+
+@pytest.mark.parametrize("form", [lambda d: d, as_json], ids=["as made", "as json"])
+def test_a_spoilt_artifact_is_called_one_whether_told_by_nan_or_by_null(form: Callable[[Any], dict[str, Any]]) -> None:
+    page = render(form(broken()))
+    found = Reader(page)
+    assert "The source and the artifact hold values that are not finite." in found.text
+    assert "0 in the source, 3 in the artifact, the first at expert 5, row 1,234, column 17" in found.text
+    assert "The same first choice" not in found.text
+    assert "1 of 1 limits not kept" in found.text
+    assert "tensor_rms not finite 0.5 ✗ not kept" in " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "how far from 1 cannot be told" in found.text
+    assert not re.search(
+        r"\b(nan|inf|None|null)\b", re.sub(r"<script>.*?</script>|<style>.*?</style>", "", page, flags=re.S)
+    )
+    table = page[page.index('class="worst"') : page.index('class="sortable"')]
+    rows = re.findall(r"<bdi>([^<]*)</bdi>.*?</tr>", table)
+    assert rows[:2] == ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.k_proj.weight"]
+    assert table.count('<span class="failed">not finite</span>') == 2
+
+
+@pytest.mark.parametrize("form", [lambda d: d, as_json], ids=["as made", "as json"])
+def test_an_expert_whose_error_is_no_number_is_marked_and_not_taken_for_one_without_tokens(
+    form: Callable[[Any], dict[str, Any]],
+) -> None:
+    page = render(form(broken()))
+    found = cells(page, "error-map")
+    assert [i for i, (look, _) in enumerate(found) if "mark" in look] == [5, 19]
+    assert [i for i, (look, _) in enumerate(found) if "none" in look] == [1]
+    assert found[1][1].endswith("no token came")
+    for i in (5, 19):
+        assert "tokens" in found[i][1]
+        assert "no token" not in found[i][1]
+    assert "not finite" in page[page.index("error-map") : page.index('id="coverage"')]
+    assert "mark" not in "".join(look for look, _ in cells(render(document()), "error-map"))
+
+
+def test_a_layer_whose_error_is_not_finite_has_no_point(whole: dict[str, Any]) -> None:
+    def points(page: str) -> int:
+        return page[page.index('id="layer-chart"') : page.index("Table of layers")].count("<title>Layer ")
+
+    spoilt = render(broken())
+    assert points(render(whole)) == points(spoilt) + 2 == 6
+    assert "Where a line has no point, what it would show is not finite." in spoilt
+    assert "Where a line has no point" not in render(whole)
+
+
+def test_what_a_reader_must_know_is_under_the_verdict(whole: dict[str, Any]) -> None:
+    page = Reader(render(whole | {"artifact": whole["artifact"] | {"notes": ["activations <b>too</b>"]}}))
+    assert "Note: activations <b>too</b>." in page.text
+
+
+def test_an_unknown_standard_error_is_called_unknown(whole: dict[str, Any]) -> None:
+    words = copy.deepcopy(whole["text"])
+    for found in (words["kld"], words["top1"], *words["perplexity"].values()):
+        found["se"] = None
+    page = Reader(render(whole | {"text": words}))
+    assert "0.08213 ± unknown" in page.text
+    assert "91.37 ± unknown %" in page.text
+    assert "how far from 1 cannot be told" in page.text
+
+
+def test_of_very_many_files_the_first_are_listed(whole: dict[str, Any]) -> None:
+    files = [{"name": f"{i}.safetensors", "bytes": i, "sha256": "ab" * 32} for i in range(1000)]
+    page = render(whole | {"source": whole["source"] | {"files": files}})
+    assert page.count("SHA-256 <code>abababababababab…</code>") == 40
+    assert "and 960 files more" in page
 
 
 def test_the_120b_fits_in_two_megabytes() -> None:

@@ -244,6 +244,15 @@ def test_a_dry_run_reads_the_text_and_forecasts_to_the_byte(checkpoint: Path, tm
             foresee(checkpoint, tmp_path / "x.gguf", Options("gguf", type="q3_k_s", allow_larger=True, rounding=lost))
 
 
+def test_the_file_that_it_is_calibrated_by_is_not_written_over(checkpoint: Path, tmp_path: Path) -> None:
+    calibrate(checkpoint, tmp_path / "s.gguf", lambda _: text_of(checkpoint), context=64, show=silent)
+    before = (tmp_path / "s.gguf").read_bytes()
+    with pytest.raises(UsageError, match="take the place"):
+        given = wish(checkpoint, "importance", text=tmp_path / "s.gguf")
+        convert(checkpoint, tmp_path / "s.gguf", "importance", wish=given, overwrite=True)
+    assert (tmp_path / "s.gguf").read_bytes() == before
+
+
 def test_a_device_is_looked_at_before_anything_else(checkpoint: Path, tmp_path: Path) -> None:
     for device in ("nonsense", "meta", "cpu:7"):
         with pytest.raises(UsageError, match="no such device"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 from support.chromium import Browser, NoChromium, Page, browser, chromium
-from support.compare_document import document, large
+from support.compare_document import broken, document, large
 
+from gptoss_convert.cli.output import strict
 from gptoss_convert.convert.compare_report import render
 from gptoss_convert.convert.report_page import percent
 
@@ -200,6 +202,32 @@ def test_hostile_names_run_nothing(window: Browser, tmp_path: Path) -> None:
         1, 0, f"{bad} compared with {made['source']['name']}",
     ]  # fmt: skip
     assert opened.evaluate("document.querySelector('.losses').innerText") == bad
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["as made", "as json"])
+def test_a_page_of_figures_that_are_not_finite_opens_and_sorts(window: Browser, tmp_path: Path, null: bool) -> None:
+    made = broken()
+    path = tmp_path / "broken.html"
+    path.write_text(render(json.loads(json.dumps(strict(made))) if null else made), encoding="utf-8")
+    opened = window.open(path)
+    opened.view(1280, 900)
+    assert opened.messages == []
+    assert opened.evaluate("document.querySelector('h1').innerText").endswith("hold values that are not finite.")
+    cells = opened.evaluate(CELLS % "error-map")
+    assert len(cells) == 3 * 8
+    assert "url(" in cells[1][2], "the expert without a token is hatched"
+    assert cells[5][2].startswith("rgb("), "the one that is no number is not"
+    assert opened.evaluate(
+        "[...document.querySelectorAll('#error-map rect.mark')].every((r) => getComputedStyle(r).stroke.startsWith('rgb('))"
+    )
+    opened.evaluate("document.querySelectorAll('.sortable thead button')[5].click()")
+    first = opened.evaluate(
+        "[...document.querySelectorAll('.sortable tbody tr')].slice(0, 2).map((r) => r.cells[5].textContent)"
+    )
+    assert first == ["not finite", "not finite"]
+    for width in (320, 1280):
+        opened.view(width, 800)
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_the_browser_would_have_told(window: Browser, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -39,6 +40,28 @@ def large() -> dict[str, Any]:
     return document(36, 128)
 
 
+def broken() -> dict[str, Any]:
+    """A document of an artifact with NaN and infinite weights: whatever these touch is no number."""
+    made = document()
+    bad, worse = made["tensors"][14], made["tensors"][4]
+    bad |= {"relative_rms": math.nan, "equal": False, "worst": None}
+    bad["not_finite"] = {"source": 0, "artifact": 3, "expert": 5, "row": 1234, "column": 17}
+    worse |= {"relative_rms": math.nan, "equal": True, "worst": None}
+    worse["not_finite"] = {"source": 1, "artifact": 1, "expert": 0, "row": 300, "column": 0}
+    made["experts"]["output_error"][0][5] = math.nan
+    made["experts"]["output_error"][2][3] = math.inf
+    made["layers"][0] |= {"output_error": math.nan, "hidden_error": math.nan}
+    made["text"] |= {
+        "kld": dict.fromkeys(("mean", "se", "median", "p99", "max"), math.nan),
+        "top1": {"agreement": math.nan, "se": math.nan},
+    }
+    made["text"]["perplexity"] |= {
+        "artifact": {"value": math.inf, "se": math.nan}, "ratio": {"value": math.nan, "se": math.nan},
+    }  # fmt: skip
+    made["gates"] = [{"metric": "tensor_rms", "limit": 0.5, "found": math.nan, "passed": False}]
+    return made
+
+
 def document(layers: int = 3, experts: int = 8, seed: int = 7) -> dict[str, Any]:
     """Everything there is in a document; layer 0's expert 1 saw no token, its expert 2 few."""
     rng = random.Random(seed)
@@ -55,9 +78,13 @@ def document(layers: int = 3, experts: int = 8, seed: int = 7) -> dict[str, Any]
     totals = [sum(row[side] for row in parts.values()) for side in ("source", "artifact")]
     return {
         "schema": "gptoss-convert/compare/1",
-        "source": {"name": "gpt-oss-120b", "layout": "hf", "bytes": totals[0], "digest": "sha256:" + "5a" * 32},
+        "source": {
+            "name": "gpt-oss-120b", "layout": "hf", "bytes": totals[0],
+            "files": _files("model-{:05}-of-00003.safetensors", 3, totals[0], "5a"),
+        },
         "artifact": {
-            "name": "gpt-oss-120b-q2_k.gguf", "layout": "gguf", "bytes": totals[1], "digest": "sha256:" + "c3" * 32,
+            "name": "gpt-oss-120b-q2_k.gguf", "layout": "gguf", "bytes": totals[1],
+            "files": _files("gpt-oss-120b-q2_k.gguf", 1, totals[1], "c3"), "notes": [],
             "widened": [3072, 3072], "method": "encoders of gptoss-convert, importance from calibration text",
             "losses": ["experts rounded to q2_k and q3_k", "attention, embedding and head rounded to q8_0"],
         },
@@ -91,6 +118,10 @@ def document(layers: int = 3, experts: int = 8, seed: int = 7) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _files(name: str, count: int, total: int, digit: str) -> list[dict[str, Any]]:
+    return [{"name": name.format(i), "bytes": total // count, "sha256": digit * 32} for i in range(1, count + 1)]
+
+
 def _coverage(tokens: list[list[int]], needed: int = 64) -> dict[str, Any]:
     load = [[count / max(1, sum(row)) for count in row] for row in tokens]
     return {"needed": needed, "short": sum(count < needed for row in tokens for count in row), "router_load": load}
@@ -121,7 +152,7 @@ def _tensor(rng: random.Random, name: str, layer: int | None, part: str, shape: 
         "name": name, "layer": layer, "part": part, "shape": list(shape),
         "source_encoding": "mxfp4" if stack else "bf16",
         "artifact_encoding": "q2_k, q3_k" if stack else "q8_0" if part in BITS else "f32",
-        "bytes": 0, "relative_rms": error, "equal": error == 0,
+        "bytes": 0, "relative_rms": error, "equal": error == 0, "not_finite": None,
         "worst": None if error == 0 else {
             "relative_rms": 2.2 * error, "expert": rng.randrange(shape[0]) if stack else 0, "row": rng.randrange(2880),
             "column": 256 * rng.randrange(11), "columns": 256,
