@@ -165,6 +165,7 @@ class Output:
 
     def _reserve(self, name: str, size: int) -> None:
         path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._descriptors[name] = fd
         if os.fstat(fd).st_size > size:
@@ -211,11 +212,14 @@ class Output:
         except OSError as error:
             raise _cannot(error, self.partial / JOURNAL) from error
 
-    def write_small(self, name: str, data: bytes | memoryview) -> None:
+    def write_small(self, name: str, data: bytes | memoryview, *, executable: bool = False) -> None:
         """Write a whole file that no space was reserved for."""
         path = self.partial / name
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+            if executable:
+                path.chmod(0o755)
             _sync(path)
         except OSError as error:
             raise _cannot(error, path) from error
@@ -328,15 +332,19 @@ def _is_ours(folder: Path) -> bool:
     """Whether a hidden folder is one that a run of ours left: empty, with a journal that begins as ours do, or, where a crash
     spoilt the journal, with nothing beside it but files of the kinds that we write.
     """
-    entries = list(folder.iterdir())
+    entries = list(folder.rglob("*"))
     journal = folder / JOURNAL
     if not entries:
         return True
-    if any(entry.is_symlink() or not entry.is_file() for entry in entries) or journal not in entries:
+    if (
+        any(entry.is_symlink() or not (entry.is_file() or entry.is_dir()) for entry in entries)
+        or journal not in entries
+    ):
         return False
     if _begins_as_a_journal(journal):
         return True
-    return all(entry == journal or entry.suffix in _WRITTEN or entry.name in _WRITTEN for entry in entries)
+    known = (entry.name == JOURNAL or entry.suffix in _WRITTEN or entry.name in _WRITTEN for entry in entries)
+    return all(known) and all(entry.is_file() for entry in entries)
 
 
 def reserve(fd: int, size: int, path: Path) -> None:

@@ -25,6 +25,7 @@ VERBS = {
     "plan": "forecast: the size of every type of GGUF, to the byte, from headers alone",
     "calibrate": "one streamed pass of text → the statistics of every expert's inputs (an imatrix)",
     "convert": "source → GGUF, HF, original or bf16, proved equal to the source",
+    "export": "artifact → a folder that one platform deploys as it stands",
     "compare": "how far an artifact is from its source: per tensor, per expert, in KL divergence",
 }
 

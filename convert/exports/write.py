@@ -1,0 +1,151 @@
+"""An export as a folder: weights copied and hashed on the way, small files written, a manifest, then its name.
+
+    DIR/gptoss-export.json    platform, what the artifact is, every file with its size and SHA-256
+    DIR/SHA256SUMS            the same for sha256sum -c
+
+A copy whose digest is not the one in the artifact's certificate is refused. Killed, it goes on after the files that are whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from gptoss_convert import __version__
+from gptoss_convert.convert.exports.artifact import Artifact, as_json, open_artifact
+from gptoss_convert.convert.exports.package import Package, Request
+from gptoss_convert.convert.exports.platforms import PLATFORMS
+from gptoss_convert.convert.progress import ShowProgress
+from gptoss_convert.convert.protect import files_read, protect_inputs
+from gptoss_convert.errors import DigestMismatch, UsageError
+from gptoss_convert.formats.files import SourceFile
+from gptoss_convert.formats.output import Output
+
+MANIFEST, SUMS = "gptoss-export.json", "SHA256SUMS"
+SCHEMA = "gptoss-convert/export/1"
+BLOCK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `document` is its manifest."""
+
+    target: Path
+    document: dict[str, Any]
+    first_steps: list[str]
+
+
+def export(
+    path: Path, target: Path, platform: str, request: Request, *, overwrite: bool = False, show: ShowProgress
+) -> Exported:
+    """Write the folder that `platform` deploys."""
+    if platform not in PLATFORMS:
+        raise UsageError("no such platform", found=platform, expected=", ".join(PLATFORMS))
+    target = target.absolute()
+    with Output(target, folder=True, overwrite=overwrite, marker=MANIFEST) as output, open_artifact(path) as artifact:
+        protect_inputs(target, [path, *files_read(artifact.source), *artifact.files.values()])
+        package = PLATFORMS[platform](artifact, request)
+        digests = _write(package, artifact, output, platform, show)
+        document = _manifest(package, artifact, platform, digests)
+        output.write_small(MANIFEST, as_json(document))
+        listed = {**{name: found["sha256"] for name, found in digests.items()}, MANIFEST: _sha256(as_json(document))}
+        output.write_small(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items())).encode())
+        output.publish()
+    return Exported(target, document, package.first_steps)
+
+
+def _write(
+    package: Package, artifact: Artifact, output: Output, platform: str, show: ShowProgress
+) -> dict[str, dict[str, Any]]:
+    copies = {name: path for name, path in package.files.items() if isinstance(path, Path)}
+    sizes = {name: path.stat().st_size for name, path in copies.items()}
+    whole = {record.get("file"): record for record in output.open(_digest(package, platform), list(sizes.items()))}
+    found: dict[str, dict[str, Any]] = {}
+    with show("export", sum(sizes.values())) as advance:
+        for name, path in copies.items():
+            done = whole.get(name)
+            if done is None or _sha256_of(_blocks_written(output, name, sizes[name])) != done["sha256"]:
+                hasher = hashlib.sha256()
+                for at, block in _blocks(path, sizes[name]):
+                    output.write(name, at, block)
+                    hasher.update(block)
+                    advance(len(block))
+                done = {"file": name, "sha256": hasher.hexdigest()}
+                _require_digest(artifact, path, done["sha256"])
+                output.record(done)
+            else:
+                advance(sizes[name])
+            found[name] = {"bytes": sizes[name], "sha256": done["sha256"]}
+    for name, data in package.files.items():
+        if isinstance(data, bytes):
+            output.write_small(name, data, executable=name in package.executable)
+            found[name] = {"bytes": len(data), "sha256": _sha256(data)}
+    return found
+
+
+def _require_digest(artifact: Artifact, path: Path, sha256: str) -> None:
+    promised = next((artifact.digest(name) for name, place in artifact.files.items() if place == path), None)
+    if promised is not None and promised != sha256:
+        raise DigestMismatch(
+            "a file of the artifact is not the one that its certificate names", file=path, found=sha256, expected=promised,
+            remedy="gptoss-convert verify tells which files are whole; convert again",
+        )  # fmt: skip
+
+
+def _manifest(
+    package: Package, artifact: Artifact, platform: str, digests: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    made = artifact.certificate
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "gptoss-convert", "version": __version__},
+        "platform": platform,
+        "artifact": {
+            "name": artifact.path.name, "kind": artifact.kind, "model": artifact.model, "weight_bytes": artifact.weight_bytes,
+            "certificate": artifact.certificate_name,
+            "official_source": None if made is None else made["source"]["official_weights"],
+            "lost": None if made is None else made["lost"],
+        },
+        "notes": package.notes,
+        "first_steps": package.first_steps,
+        "files": [{"name": name, **found} for name, found in sorted(digests.items())],
+    }  # fmt: skip
+
+
+def _digest(package: Package, platform: str) -> str:
+    hasher = blake3.blake3(repr((platform, __version__)).encode())
+    for name, data in sorted(package.files.items()):
+        status = data.stat() if isinstance(data, Path) else None
+        what = (
+            blake3.blake3(data).hexdigest() if isinstance(data, bytes) else (str(data), status and status.st_mtime_ns)
+        )
+        hasher.update(repr((name, what)).encode())
+    return hasher.hexdigest()
+
+
+def _blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
+    with SourceFile(path) as file:
+        for at in range(0, size, BLOCK):
+            yield at, bytes(file.read(at, min(BLOCK, size - at)))
+        file.check_unchanged()
+
+
+def _blocks_written(output: Output, name: str, size: int) -> Iterator[bytes]:
+    for at in range(0, size, BLOCK):
+        yield output.read(name, at, min(BLOCK, size - at))
+
+
+def _sha256_of(blocks: Iterator[bytes]) -> str:
+    hasher = hashlib.sha256()
+    for block in blocks:
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
