@@ -37,7 +37,7 @@ MAY_IMPORT = {
 # Of other people's packages, what each layer is made of (the standard library apart).
 OUTSIDE = {
     "cli": {"click", "rich"},
-    "convert": {"blake3", "gguf", "huggingface_hub", "numpy", "tokenizers", "yaml", "requests", "httpx"},
+    "convert": {"blake3", "gguf", "huggingface_hub", "jsonschema", "numpy", "tokenizers", "yaml", "requests", "httpx"},
     "formats": {"gguf", "numpy"},
     "quant": {"numpy"},
     "kernels": {"numpy", "numba", "gguf"},  # of gguf the tables of its i-quants

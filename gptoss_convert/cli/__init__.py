@@ -26,6 +26,7 @@ VERBS = {
     "calibrate": "one streamed pass of text → the statistics of every expert's inputs (an imatrix)",
     "convert": "source → GGUF, HF, original or bf16, proved equal to the source",
     "export": "artifact → a folder that one platform deploys as it stands",
+    "run": "all of it from one recipe: fetch, verify, calibrate, convert, compare, export",
     "compare": "how far an artifact is from its source: per tensor, per expert, in KL divergence",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 
     from gptoss_convert.convert.conversion import Outcome
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
 
 class Size(click.ParamType[int]):
     """A number of bytes with a decimal (4GB) or binary (4GiB) unit."""
@@ -26,11 +23,12 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Text → bytes."""
-        match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMG]I?)?B?", str(value).upper())
-        count = int(Fraction(match[1]) * _UNITS[match[2] or ""]) if match else 0
-        if not 0 < count < 1 << 63:
-            self.fail(f"{str(value)[:40]!r} is not a size such as 4GB or 512MiB", param, ctx)
-        return count
+        from gptoss_convert.convert.sizes import parse_size
+
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Widen(click.ParamType[str]):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.convert.strict_json import strict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,17 +49,6 @@ def print_error(document: Mapping[str, object]) -> None:
     """Print an error as the command's one JSON document, unless its result stands there already."""
     if not _Documents.printed:
         _print_document(document)
-
-
-def strict(value: object) -> object:
-    """The same for JSON, which has no number that is not finite: null stands in its place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return value
 
 
 def _print_document(document: Mapping[str, object]) -> None:

@@ -1,0 +1,121 @@
+"""Recipes: what fits is read, what does not is refused with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from gptoss_convert.convert.recipe import Recipe, read_recipe_file, schema
+from gptoss_convert.errors import BadInput, UsageError
+
+GOOD = """\
+out = "made"
+
+[source]
+path = "model"          # relative to this file
+
+[text.chat]
+file = "chat.jsonl"
+tokens = 5000
+
+[text.held-out]
+file = "held.txt"
+
+[[output]]
+name = "laptop"
+to = "gguf"
+type = "q3_k_s"
+method = "gptq"
+calibration = "chat"
+compare = {text = "held-out", fail_above = {kld = 0.05}}
+
+[[output]]
+name = "server"
+to = "int4"
+
+[output.compare]
+report = false
+
+[[output.export]]
+for = "sagemaker"
+"""
+
+
+def read(folder: Path, text: str) -> Recipe:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return read_recipe_file(path)
+
+
+def test_a_recipe_is_read(tmp_path: Path) -> None:
+    found = read(tmp_path, GOOD)
+    assert found.out == tmp_path / "made"
+    assert [o.name for o in found.outputs] == ["laptop", "server"]
+    assert [o.file_name for o in found.outputs] == ["laptop.gguf", "server"]
+    assert [o.line for o in found.outputs] == [13, 21]
+    assert found.texts["chat"].tokens == 5000
+    assert found.texts["held-out"].context == 2048
+    assert found.outputs[1].table["export"] == [{"for": "sagemaker"}]
+    assert found.place("a") == tmp_path / "a"
+
+
+def test_the_schema_is_a_schema_and_every_property_of_an_option_is_described_or_typed() -> None:
+    Draft202012Validator.check_schema(schema())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "what"),
+    [
+        ('type = "q3_k_s"', 'typ = "q3_k_s"', 16, "typ"),
+        ('to = "int4"', 'to = "int3"', 23, "int3"),
+        ("tokens = 5000", 'tokens = "many"', 8, "many"),
+        ("tokens = 5000", "tokens = 1", 8, "minimum"),
+        ("kld = 0.05", "kldd = 0.05", 19, "kldd"),
+        ('[source]\npath = "model"', '[source]\nrepo = "a/b"', 3, "source"),
+        ('[[output]]\nname = "server"\n', "[[output]]\n", 21, "name"),
+        ('method = "gptq"\n', "", 13, "calibration"),
+        ('for = "sagemaker"', 'far = "sagemaker"', 29, "far"),
+        ('out = "made"', 'outt = "made"', 1, "outt"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_line(
+    tmp_path: Path, before: str, after: str, line: int, what: str
+) -> None:
+    assert before in GOOD
+    with pytest.raises(BadInput) as error:
+        read(tmp_path, GOOD.replace(before, after))
+    assert str(error.value.file).endswith(f"recipe.toml, line {line}")
+    assert what in f"{error.value.tensor} {error.value.found}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "what"),
+    [
+        ('name = "server"', 'name = "Laptop"', 22, "one name"),
+        ('calibration = "chat"', 'calibration = "cat"', 18, "no such text"),
+        ('text = "held-out", ', 'text = "other", ', 19, "no such text"),
+        ('text = "held-out", ', "", 19, "needs a text"),
+    ],
+)
+def test_names_that_lead_nowhere_are_named_with_their_line(
+    tmp_path: Path, before: str, after: str, line: int, what: str
+) -> None:
+    with pytest.raises(UsageError, match=what) as error:
+        read(tmp_path, GOOD.replace(before, after))
+    assert str(error.value.file).endswith(f"line {line}")
+
+
+def test_what_is_no_toml_or_no_text_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not TOML") as error:
+        read(tmp_path, GOOD.replace("tokens = 5000", "tokens = "))
+    assert "line 8" in str(error.value.found)
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        read_recipe_file(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(BadInput, match="too large"):
+        read_recipe_file(tmp_path / "r.toml")
+    with pytest.raises(BadInput, match="cannot open"):
+        read_recipe_file(tmp_path / "nowhere.toml")
