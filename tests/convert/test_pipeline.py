@@ -49,16 +49,16 @@ to = "int4"
 method = "importance"
 calibration = "chat"
 compare = {report = false}
-export = [{for = "somewhere", context = 100}]
+export = [{for = "llama.cpp", context = 100}]
 """
 STEPS = [
     "source", "convert rounded", "calibrate chat", "convert weighed", "compare weighed", "convert int4", "compare int4",
-    "export int4-somewhere",
+    "export int4-llama.cpp",
 ]  # fmt: skip
 
 
 def package(artifact: Artifact, request: Request) -> Package:
-    request.only("somewhere", {"context"})
+    request.only("llama.cpp", {"context"})
     made = Package()
     made.copy(artifact)
     made.files["context.txt"] = str(request.context).encode()
@@ -66,8 +66,8 @@ def package(artifact: Artifact, request: Request) -> Package:
 
 
 @pytest.fixture(autouse=True)
-def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(exporting.PLATFORMS, "somewhere", package)
+def a_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.PLATFORMS, "llama.cpp", package)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf(Model(SMALL), folder / "model")
     (folder / "chat.txt").write_text("The weights of a model are numbers, and they move from file to file.\n" * 60)
     (folder / "r.toml").write_text(RECIPE)
-    exporting.PLATFORMS["somewhere"] = package
+    exporting.PLATFORMS["llama.cpp"] = package
     run(folder)
     return folder
 
@@ -113,8 +113,8 @@ def test_everything_is_made_and_named_in_the_manifest(finished: Path) -> None:
     assert weighed["quality"]["gates"][0]["passed"]
     assert (finished / "build" / "reports" / "weighed.html").exists()
     assert int4["quality"]["gates"] == []
-    assert int4["exports"][0]["folder"] == "exports/int4-somewhere"
-    assert (finished / "build" / "exports" / "int4-somewhere" / "context.txt").read_text() == "100"
+    assert int4["exports"][0]["folder"] == "exports/int4-llama.cpp"
+    assert (finished / "build" / "exports" / "int4-llama.cpp" / "context.txt").read_text() == "100"
     lock = json.loads((finished / "r.lock.json").read_text())
     assert lock["source"]["files"] == manifest["source"]["files"]
 
@@ -139,7 +139,7 @@ def test_the_manifest_is_the_same_from_another_folder(finished: Path, folder: Pa
     [
         ('type = "q4_0"', 'type = "q5_0"', ["convert rounded"]),
         ("kld = 5.0", "kld = 6.0", ["compare weighed"]),
-        ("context = 100", "context = 200", ["export int4-somewhere"]),
+        ("context = 100", "context = 200", ["export int4-llama.cpp"]),
         ("tokens = 600", "tokens = 500", STEPS[2:]),
     ],
 )

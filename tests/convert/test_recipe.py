@@ -77,6 +77,7 @@ def test_the_schema_is_a_schema_and_every_property_of_an_option_is_described_or_
         ('[[output]]\nname = "server"\n', "[[output]]\n", 21, "name"),
         ('method = "gptq"\n', "", 13, "calibration"),
         ('for = "sagemaker"', 'far = "sagemaker"', 29, "far"),
+        ('for = "sagemaker"', 'for = "../../somewhere"', 29, "somewhere"),
         ('out = "made"', 'outt = "made"', 1, "outt"),
     ],
 )
