@@ -83,6 +83,7 @@ def _plan(artifact: Artifact, request: Request) -> _Plan:
         raise UsageError("not the address of an image", found=image, expected="at most 255 characters, no spaces")
     fits = artifact.weight_bytes <= known.SMALL_BYTES
     instance = request.instance or (known.SMALL_INSTANCE if fits else known.LARGE_INSTANCE)
+    _require_room(artifact, instance)
     context = request.context or min(known.CONTEXT, artifact.config.max_positions)
     if context > artifact.config.max_positions:
         raise UsageError(
@@ -107,6 +108,16 @@ def _require_served(artifact: Artifact, engine: str) -> None:
         remedy="choose --engine vllm" if other else "give an image of your own with that vLLM: --image URI; or take MXFP4, which "
         "every listed image serves: gptoss-convert convert SRC DIR --to hf",
     )  # fmt: skip
+
+
+def _require_room(artifact: Artifact, instance: str) -> None:
+    room = known.room(instance)
+    if room is not None and artifact.weight_bytes > room:
+        raise Refused(
+            "the weights do not fit on this machine's GPUs", file=artifact.path, found=f"{artifact.weight_bytes} bytes",
+            expected=f"at most {room} on {instance}, and less with a long context",
+            remedy="choose a larger --instance, or a smaller form of the model: --to hf (MXFP4)",
+        )  # fmt: skip
 
 
 def _gpus(instance: str) -> int:

@@ -31,7 +31,7 @@ class Floor:
     source: str
 
 
-# The newest of each engine whose whole tag is known.
+# The newest of each engine whose whole tag is known. ami: the one that has CUDA 13.0 in botocore 1.44.5's InferenceAmiVersion.
 IMAGES = {
     "vllm": Image(
         "vllm:0.29.0-gpu-py312-cu130-ubuntu24.04-sagemaker", (0, 29, 0), True, "al2023-ami-sagemaker-inference-gpu-4-1",
@@ -58,15 +58,16 @@ FLOORS = {
     "int8-g32": Floor((0, 31, 0), "as int4"),
 }
 
-# Machine → GPUs. EC2's instance families as published; the types are botocore 1.44.5's ProductionVariantInstanceType.
+# Machine → GPUs and the GB of each: EC2's instance families as published; the types are botocore 1.44.5's
+# ProductionVariantInstanceType. Families without bfloat16 (g4dn, p3) are left out.
 _GPUS = {
-    1: ("g5.xlarge g5.2xlarge g5.4xlarge g5.8xlarge g5.16xlarge g6.xlarge g6.2xlarge g6.4xlarge g6.8xlarge g6.16xlarge "
-        "g6e.xlarge g6e.2xlarge g6e.4xlarge g6e.8xlarge g6e.16xlarge g7e.2xlarge g7e.4xlarge g7e.8xlarge p5.4xlarge"),
+    1: "g5.xlarge g5.2xlarge g5.4xlarge g5.8xlarge g5.16xlarge g6.xlarge g6.2xlarge g6.4xlarge g6.8xlarge g6.16xlarge g6e.xlarge "
+    "g6e.2xlarge g6e.4xlarge g6e.8xlarge g6e.16xlarge g7e.2xlarge g7e.4xlarge g7e.8xlarge p5.4xlarge",
     2: "g7e.12xlarge",
-    4: "g4dn.12xlarge g5.12xlarge g5.24xlarge g6.12xlarge g6.24xlarge g6e.12xlarge g6e.24xlarge g7e.24xlarge",
-    8: ("g5.48xlarge g6.48xlarge g6e.48xlarge g7e.48xlarge p4d.24xlarge p4de.24xlarge p5.48xlarge p5e.48xlarge p5en.48xlarge "
-        "p6-b200.48xlarge p6-b300.48xlarge"),
-}  # fmt: skip
+    4: "g5.12xlarge g5.24xlarge g6.12xlarge g6.24xlarge g6e.12xlarge g6e.24xlarge g7e.24xlarge",
+    8: "g5.48xlarge g6.48xlarge g6e.48xlarge g7e.48xlarge p4d.24xlarge p4de.24xlarge p5.48xlarge p5e.48xlarge p5en.48xlarge",
+}
+_GB = {"g5": 24, "g6": 24, "g6e": 48, "g7e": 96, "p4d": 40, "p4de": 80, "p5": 80, "p5e": 141, "p5en": 141}
 INSTANCES = {f"ml.{name}": count for count, names in _GPUS.items() for name in names.split()}
 
 # JumpStart's default for gpt-oss-20b (specification of sagemaker-python-sdk v3.38.0), one GPU of 96 GB; what does not fit there
@@ -78,6 +79,13 @@ CONTEXT = 8192  # JumpStart's SM_VLLM_MAX_MODEL_LEN for gpt-oss
 def text(version: Version) -> str:
     """0.29.0"""
     return ".".join(map(str, version))
+
+
+def room(instance: str) -> int | None:
+    """Bytes of weights at most, vLLM taking nine tenths of every GPU; None of a machine that is not listed."""
+    if instance not in INSTANCES:
+        return None
+    return INSTANCES[instance] * _GB[instance.split(".")[1]] * 900_000_000
 
 
 def experts_apart(kind: str, gpus: int, intermediate: int) -> bool:

@@ -38,7 +38,7 @@ def main(given: list[str] | None = None) -> int:
         if not options.dry_run:
             upload(boto3.client("s3", region_name=region), requests)
             create(boto3.client("sagemaker", region_name=region), requests, wait=not options.no_wait)
-    except (Problem, BotoCoreError, ClientError, WaiterError, OSError) as error:
+    except (Problem, BotoCoreError, ClientError, OSError) as error:
         print(f"deploy.py: {error}", file=sys.stderr)
         return 1
     return 0
@@ -158,7 +158,11 @@ def create(sagemaker: Any, requests: dict[str, dict[str, Any]], *, wait: bool) -
     name = requests["endpoint"]["EndpointName"]
     if wait:
         print(f"waiting        until {name} is in service; this takes minutes")
-        sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=name)
+        try:
+            sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=name)
+        except WaiterError as error:
+            reason = sagemaker.describe_endpoint(EndpointName=name).get("FailureReason", error)
+            raise Problem(f"endpoint {name} did not come into service: {reason}") from error
     print(f"endpoint       {name}: {sagemaker.describe_endpoint(EndpointName=name)['EndpointStatus']}")
 
 

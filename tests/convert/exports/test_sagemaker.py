@@ -39,7 +39,6 @@ OPERATIONS = {
 }
 KINDS = {"int4": "int4", "int8": "int8", "int8-g32": "int8-g32", "bf16": "bf16", "hf": "mxfp4"}
 OWN = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/vllm:0.33.0"
-OLD_MACHINE = "ml.g4dn.12xlarge"  # moto's list of machines is old
 
 
 @pytest.fixture(scope="module")
@@ -430,6 +429,14 @@ def test_the_template_asks_for_what_the_requests_ask_for(artifacts: Path, tmp_pa
     assert {**variant, "ModelName": asked["ModelName"], "InstanceType": defaults["InstanceType"]} == asked
 
 
+def old_machine(folder: Path) -> None:
+    """moto's list of machines is old: it knows none that is exported for."""
+    path = folder / "create_endpoint_config.json"
+    request = json.loads(path.read_text())
+    request["ProductionVariants"][0]["InstanceType"] = "ml.g4dn.12xlarge"
+    path.write_text(json.dumps(request))
+
+
 def deploy_of(folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("deploy", folder / "deploy.py")
     assert spec is not None
@@ -462,7 +469,8 @@ def test_deploy_uploads_the_model_and_makes_the_endpoint(
     artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], archive: bool
 ) -> None:
     s3, api = cloud
-    export(artifacts / "mxfp4", tmp_path / "out", name="mine", instance=OLD_MACHINE, archive=archive)
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine", archive=archive)
+    old_machine(tmp_path / "out")
     assert deploy_of(tmp_path / "out").main(GIVEN) == 0
     keys = [item["Key"] for item in s3.list_objects_v2(Bucket="my-bucket")["Contents"]]
     local = {f"models/mine/{p.name}": p for p in (tmp_path / "out" / "model").glob("*")}
@@ -483,7 +491,8 @@ def test_deploy_run_again_uploads_and_creates_nothing(
     artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     s3, _ = cloud
-    export(artifacts / "mxfp4", tmp_path / "out", name="mine", instance=OLD_MACHINE)
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
+    old_machine(tmp_path / "out")
     module = deploy_of(tmp_path / "out")
     assert module.main(GIVEN) == 0
     capsys.readouterr()
@@ -501,7 +510,8 @@ def test_deploy_says_what_stands_in_its_way(
     artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     s3, api = cloud
-    export(artifacts / "mxfp4", tmp_path / "out", name="mine", instance=OLD_MACHINE)
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
+    old_machine(tmp_path / "out")
     module = deploy_of(tmp_path / "out")
 
     def fails(given: list[str], message: str) -> None:
@@ -522,6 +532,36 @@ def test_deploy_says_what_stands_in_its_way(
     fails(GIVEN, "another model is called mine")
 
 
+def test_deploy_tells_why_an_endpoint_failed(artifacts: Path, tmp_path: Path) -> None:
+    from botocore.exceptions import WaiterError
+
+    class Failing:
+        """SageMaker as it answers when a container does not start."""
+
+        def describe_endpoint(self, EndpointName: str) -> dict[str, str]:
+            return {
+                "EndpointName": EndpointName,
+                "EndpointConfigName": EndpointName,
+                "EndpointStatus": "Failed",
+                "FailureReason": "no capacity",
+            }
+
+        def get_waiter(self, _: str) -> Failing:
+            return self
+
+        def wait(self, EndpointName: str) -> None:
+            raise WaiterError(name=EndpointName, reason="terminal failure", last_response={})
+
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
+    module = deploy_of(tmp_path / "out")
+    requests = {name.removeprefix("create_"): request for name, request in requests_of(tmp_path / "out").items()}
+    api: Any = Failing()
+    api.describe_model = lambda ModelName: requests["model"]
+    api.describe_endpoint_config = lambda EndpointConfigName: requests["endpoint_config"]
+    with pytest.raises(module.Problem, match="no capacity"):
+        module.create(api, requests, wait=True)
+
+
 def test_deploy_runs_as_a_program_of_its_own(artifacts: Path, tmp_path: Path) -> None:
     export(artifacts / "mxfp4", tmp_path / "out")
     command = [sys.executable, "-P", "-I", str(tmp_path / "out" / "deploy.py")]
@@ -531,6 +571,29 @@ def test_deploy_runs_as_a_program_of_its_own(artifacts: Path, tmp_path: Path) ->
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     assert told.returncode == 1
     assert "Traceback" not in told.stderr
+
+
+def test_weights_that_do_not_fit_on_the_machine_are_refused_and_larger_ones_get_a_larger_machine(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in (artifacts / "int8").glob("*.safetensors"))
+    monkeypatch.setattr(sagemaker_images, "SMALL_BYTES", size - 1)
+    export(artifacts / "int8", tmp_path / "large")
+    (variant,) = requests_of(tmp_path / "large")["create_endpoint_config"]["ProductionVariants"]
+    assert variant["InstanceType"] == sagemaker_images.LARGE_INSTANCE
+    assert settings(tmp_path / "large")["SM_VLLM_TENSOR_PARALLEL_SIZE"] == "8"
+    monkeypatch.setitem(sagemaker_images._GB, "g5", 0)
+    with pytest.raises(Refused, match="do not fit") as error:
+        export(artifacts / "int8", tmp_path / "out", instance="ml.g5.xlarge")
+    assert "larger --instance" in str(error.value.remedy)
+
+
+def test_the_releases_fit_where_they_are_put() -> None:
+    for size in (13_761_264_768, 22_110_000_000, 41_829_514_368, 65_248_815_744, 118_200_000_000, 233_658_313_344):
+        small = size <= sagemaker_images.SMALL_BYTES
+        room = sagemaker_images.room(sagemaker_images.SMALL_INSTANCE if small else sagemaker_images.LARGE_INSTANCE)
+        assert room is not None
+        assert size < room
 
 
 def test_every_image_and_floor_says_where_it_was_read() -> None:
