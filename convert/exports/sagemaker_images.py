@@ -58,8 +58,8 @@ FLOORS = {
     "int8-g32": Floor((0, 31, 0), "as int4"),
 }
 
-# Machine → GPUs and the GB of each: EC2's instance families as published; the types are botocore 1.44.5's
-# ProductionVariantInstanceType. Families without bfloat16 (g4dn, p3) are left out.
+# Machine → GPUs and the GB of each. The types are botocore 1.44.5's ProductionVariantInstanceType; counts and memory are general
+# knowledge of EC2's families, not looked up on a page of AWS. Families without bfloat16 (g4dn, p3) are left out.
 _GPUS = {
     1: "g5.xlarge g5.2xlarge g5.4xlarge g5.8xlarge g5.16xlarge g6.xlarge g6.2xlarge g6.4xlarge g6.8xlarge g6.16xlarge g6e.xlarge "
     "g6e.2xlarge g6e.4xlarge g6e.8xlarge g6e.16xlarge g7e.2xlarge g7e.4xlarge g7e.8xlarge p5.4xlarge",
