@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.errors import Refused, UsageError
 
@@ -40,9 +41,12 @@ class Request:
 
 @dataclass
 class Package:
-    """files: name, with folders → its bytes, or the path of a file to be copied. first_steps: what the person does with it."""
+    """files: name, with folders → its bytes, the path of a file to be copied, or an archive to be written.
 
-    files: dict[str, bytes | Path] = field(default_factory=dict)
+    first_steps: what the person does with it.
+    """
+
+    files: dict[str, bytes | Path | Archive] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     first_steps: list[str] = field(default_factory=list)
     executable: set[str] = field(default_factory=set)

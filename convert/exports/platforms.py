@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from gptoss_convert.convert.exports import bedrock, sagemaker
 from gptoss_convert.convert.exports.package import Export
 
-PLATFORMS: dict[str, Export] = {}
+PLATFORMS: dict[str, Export] = {
+    "sagemaker": sagemaker.package,
+    "bedrock": bedrock.package,
+}

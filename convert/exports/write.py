@@ -17,6 +17,7 @@ from typing import Any
 import blake3
 
 from gptoss_convert import __version__
+from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact, as_json, open_artifact
 from gptoss_convert.convert.exports.package import Package, Request
 from gptoss_convert.convert.exports.platforms import PLATFORMS
@@ -62,30 +63,45 @@ def export(
 def _write(
     package: Package, artifact: Artifact, output: Output, platform: str, show: ShowProgress
 ) -> dict[str, dict[str, Any]]:
-    copies = {name: path for name, path in package.files.items() if isinstance(path, Path)}
-    sizes = {name: path.stat().st_size for name, path in copies.items()}
+    streamed = {name: data for name, data in package.files.items() if not isinstance(data, bytes)}
+    sizes = {name: data.size() if isinstance(data, Archive) else data.stat().st_size for name, data in streamed.items()}
     whole = {record.get("file"): record for record in output.open(_digest(package, platform), list(sizes.items()))}
     found: dict[str, dict[str, Any]] = {}
     with show("export", sum(sizes.values())) as advance:
-        for name, path in copies.items():
+        for name, data in streamed.items():
             done = whole.get(name)
             if done is None or _sha256_of(_blocks_written(output, name, sizes[name])) != done["sha256"]:
-                hasher = hashlib.sha256()
-                for at, block in _blocks(path, sizes[name]):
+                hasher, at = hashlib.sha256(), 0
+                for block in _content(data, sizes[name], artifact):
                     output.write(name, at, block)
                     hasher.update(block)
+                    at += len(block)
                     advance(len(block))
                 done = {"file": name, "sha256": hasher.hexdigest()}
-                _require_digest(artifact, path, done["sha256"])
+                if isinstance(data, Path):
+                    _require_digest(artifact, data, done["sha256"])
                 output.record(done)
             else:
                 advance(sizes[name])
             found[name] = {"bytes": sizes[name], "sha256": done["sha256"]}
-    for name, data in package.files.items():
-        if isinstance(data, bytes):
-            output.write_small(name, data, executable=name in package.executable)
-            found[name] = {"bytes": len(data), "sha256": _sha256(data)}
+    for name, small in package.files.items():
+        if isinstance(small, bytes):
+            output.write_small(name, small, executable=name in package.executable)
+            found[name] = {"bytes": len(small), "sha256": _sha256(small)}
     return found
+
+
+def _content(data: Path | Archive, size: int, artifact: Artifact) -> Iterator[bytes]:
+    """What is written, block by block. Of an archive, each file on the way must be what the certificate says."""
+
+    def read(path: Path, size: int) -> Iterator[bytes]:
+        hasher = hashlib.sha256()
+        for _, block in _blocks(path, size):
+            hasher.update(block)
+            yield block
+        _require_digest(artifact, path, hasher.hexdigest())
+
+    return data.blocks(read) if isinstance(data, Archive) else (block for _, block in _blocks(data, size))
 
 
 def _require_digest(artifact: Artifact, path: Path, sha256: str) -> None:
@@ -120,12 +136,13 @@ def _manifest(
 def _digest(package: Package, platform: str) -> str:
     hasher = blake3.blake3(repr((platform, __version__)).encode())
     for name, data in sorted(package.files.items()):
-        status = data.stat() if isinstance(data, Path) else None
-        what = (
-            blake3.blake3(data).hexdigest() if isinstance(data, bytes) else (str(data), status and status.st_mtime_ns)
-        )
-        hasher.update(repr((name, what)).encode())
+        members = sorted(data.files.items()) if isinstance(data, Archive) else [(None, data)]
+        hasher.update(repr((name, [(member, _identity(content)) for member, content in members])).encode())
     return hasher.hexdigest()
+
+
+def _identity(data: bytes | Path) -> object:
+    return blake3.blake3(data).hexdigest() if isinstance(data, bytes) else (str(data), data.stat().st_mtime_ns)
 
 
 def _blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
