@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from gptoss_convert.convert.exports import azureml
 from gptoss_convert.convert.exports.package import Export
 
-PLATFORMS: dict[str, Export] = {}
+PLATFORMS: dict[str, Export] = {
+    "azureml": azureml.package,
+}

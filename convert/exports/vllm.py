@@ -66,7 +66,7 @@ def require_served(artifact: Artifact, image: str, platform: str, package: Packa
     elif version < floor:
         raise Refused(
             f"the vLLM of this image does not load {artifact.kind}", file=artifact.path, found=image,
-            expected=f"vLLM {needed} or newer", remedy=f"--image {IMAGE}, or {REMEDY}",
+            expected=f"vLLM {needed} or newer", remedy=f"--image {IMAGE}, or gptoss-convert convert SRC DIR --to hf (MXFP4)",
         )  # fmt: skip
 
 
