@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gptoss_convert.convert.exports import azureml
+from gptoss_convert.convert.exports import azureml, northflank
 from gptoss_convert.convert.exports.package import Export
 
 PLATFORMS: dict[str, Export] = {
     "azureml": azureml.package,
+    "northflank": northflank.package,
 }
