@@ -15,8 +15,16 @@ from typing import Any
 
 import yaml
 
-from gptoss_convert.convert.exports import encodings, vllm
+from gptoss_convert.convert.exports import vllm
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
+from gptoss_convert.convert.exports.chat_files import (
+    NO_VOCABULARY,
+    VARIABLE,
+    VOCABULARY,
+    Chat,
+    harmony_vocabulary,
+    require_chat,
+)
 from gptoss_convert.convert.exports.mlflow_form import add_mlflow, require_mlflow
 from gptoss_convert.convert.exports.package import Package, Request, require_name
 from gptoss_convert.errors import Refused, UsageError
@@ -63,13 +71,14 @@ def package(artifact: Artifact, request: Request) -> Package:
         require_mlflow(artifact)
     else:
         vllm.require_served(artifact, request.image or vllm.IMAGE, "azureml", made)
-    vllm.require_chat(artifact, "azureml")
+    chat = require_chat(artifact, "azureml")
     instance, machine = _machine(artifact, request.instance, made)
     if engine == "mlflow":
-        add_mlflow(made, artifact)
+        add_mlflow(made, artifact, chat)
     else:
         made.copy(artifact, "model/", vllm.other_layouts(artifact))
-        _add_environment(made, artifact, name, request.image or vllm.IMAGE)
+        chat.put_into(made, "model/")
+        _add_environment(made, chat, name, request.image or vllm.IMAGE)
     made.files["model.yml"] = _model(artifact, name, engine)
     made.files["endpoint.yml"] = _yaml("managedOnlineEndpoint", {"name": name, "auth_mode": "key"})
     serve = vllm.arguments(artifact, name, machine.gpus, request.context) if engine == "vllm" else None
@@ -123,14 +132,14 @@ def _model(artifact: Artifact, name: str, engine: str) -> bytes:
     )  # fmt: skip
 
 
-def _add_environment(made: Package, artifact: Artifact, name: str, image: str) -> None:
-    vocabulary = encodings.o200k_file(artifact)
+def _add_environment(made: Package, chat: Chat, name: str, image: str) -> None:
+    vocabulary = harmony_vocabulary(chat.table)
     lines = [f"FROM {image}"]
     if vocabulary is None:
-        made.notes.append(encodings.MISSING)
+        made.notes.append(NO_VOCABULARY)
     else:
-        made.files[f"environment/{encodings.FILE}"] = vocabulary
-        lines += [f"COPY {encodings.FILE} /opt/encodings/{encodings.FILE}", f"ENV {encodings.VARIABLE}=/opt/encodings"]
+        made.files[f"environment/{VOCABULARY}"] = vocabulary
+        lines += [f"COPY {VOCABULARY} /opt/encodings/{VOCABULARY}", f"ENV {VARIABLE}=/opt/encodings"]
     lines += [
         "COPY serve.sh /opt/serve.sh",
         "RUN chmod 755 /opt/serve.sh",

@@ -15,15 +15,20 @@ from typing import Any
 
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
+from gptoss_convert.convert.exports.package import Package
 from gptoss_convert.convert.tokenizer_files import SYMBOLS
 from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.formats.files import parse_json
 
 GENERATION, SPECIALS = "generation_config.json", "special_tokens_map.json"
 END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # in the order of the release's generation_config.json
-VOCABULARY = "o200k_base.tiktoken"
+VOCABULARY, VARIABLE = "o200k_base.tiktoken", "TIKTOKEN_ENCODINGS_BASE"  # the folder of the first, in the environment
 # OpenAI's own file, as tiktoken 0.14.0 and openai-harmony 0.0.8 pin it (read 2026-11-22).
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+NO_VOCABULARY = (
+    "the tokenizer is not the release's, so the vocabulary that vLLM's chat parser wants is not in the package: "
+    "the container downloads it when it starts and needs the internet"
+)
 _BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 
@@ -34,6 +39,11 @@ class Chat:
     table: Mapping[str, Any]  # tokenizer.json
     replaced: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def put_into(self, package: Package, folder: str) -> None:
+        """Into a package that has the artifact's files in this folder."""
+        package.files.update({folder + name: data for name, data in self.replaced.items()})
+        package.notes.extend(self.notes)
 
 
 def require_chat(artifact: Artifact, platform: str) -> Chat:

@@ -13,6 +13,7 @@ import yaml
 
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact
+from gptoss_convert.convert.exports.chat_files import Chat
 from gptoss_convert.convert.exports.package import Package, require_kind
 from gptoss_convert.convert.exports.vllm import other_layouts
 
@@ -31,9 +32,10 @@ def require_mlflow(artifact: Artifact) -> None:
     require_kind(artifact, "azureml --engine mlflow", KINDS, REMEDY, "MLflow loads with stock transformers")
 
 
-def add_mlflow(made: Package, artifact: Artifact) -> None:
+def add_mlflow(made: Package, artifact: Artifact, chat: Chat) -> None:
     """The whole folder."""
     made.copy(artifact, f"{BELOW}model/", other_layouts(artifact))
+    chat.put_into(made, f"{BELOW}model/")
     for name in _TOKENIZER_FILES:
         if name in artifact.files:
             made.files[f"{BELOW}components/tokenizer/{name}"] = artifact.files[name]

@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from gptoss_convert.convert.exports import encodings, vllm
+from gptoss_convert.convert.exports import vllm
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
+from gptoss_convert.convert.exports.chat_files import (
+    NO_VOCABULARY,
+    VARIABLE,
+    VOCABULARY,
+    harmony_vocabulary,
+    require_chat,
+)
 from gptoss_convert.convert.exports.package import Package, Request, require_name
 from gptoss_convert.errors import Refused, UsageError
 
@@ -71,14 +78,15 @@ def package(artifact: Artifact, request: Request) -> Package:
     image = request.image or vllm.IMAGE
     name = require_name(request.name or artifact.model, NAME, "a service", MOST)
     vllm.require_served(artifact, image, "northflank", made)
-    vllm.require_chat(artifact, "northflank")
+    chat = require_chat(artifact, "northflank")
     plan, model, count = _plan(artifact, request.instance)
     made.copy(artifact, "model/", vllm.other_layouts(artifact))
-    vocabulary = encodings.o200k_file(artifact)
+    chat.put_into(made, "model/")
+    vocabulary = harmony_vocabulary(chat.table)
     if vocabulary is None:
-        made.notes.append(encodings.MISSING)
+        made.notes.append(NO_VOCABULARY)
     else:
-        made.files[f"encodings/{encodings.FILE}"] = vocabulary
+        made.files[f"encodings/{VOCABULARY}"] = vocabulary
     serve = vllm.arguments(artifact, name, count, request.context)
     service = _service(name, plan, model, count, image, serve, vocabulary is not None)
     made.files["template.json"] = as_json(_template(name, service, _volume(name, artifact)))
@@ -145,7 +153,7 @@ def _service(
             "storage": {"ephemeralStorage": {"storageSize": 20480}, "shmSize": SHM_MB},
             "gpu": {"enabled": True, "configuration": {"gpuType": model, "gpuCount": count, "timesliced": False}},
         },
-        "runtimeEnvironment": {encodings.VARIABLE: f"{MOUNT}/encodings"} if offline else {},
+        "runtimeEnvironment": {VARIABLE: f"{MOUNT}/encodings"} if offline else {},
         "ports": [{"name": "vllm", "internalPort": vllm.PORT, "public": False, "protocol": "HTTP"}],
         "healthChecks": [
             probe | {"type": "startupProbe", "initialDelaySeconds": 30, "periodSeconds": 30,

@@ -20,6 +20,7 @@ from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.aws import deep_learning_image, model_uri, region_of, role_arn, to_do
 from gptoss_convert.convert.exports.chat_files import VOCABULARY, VOCABULARY_SHA256, harmony_vocabulary, require_chat
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
+from gptoss_convert.convert.exports.vllm import SERVED, text
 from gptoss_convert.errors import Refused, UsageError
 
 OPTIONS = {"name", "instance", "image", "engine", "bucket", "role", "region", "context", "archive"}
@@ -46,7 +47,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     """The folder, or Refused with what to convert to."""
     request.only("sagemaker", OPTIONS)
     require_kind(
-        artifact, "sagemaker", tuple(known.FLOORS), "gptoss-convert convert SRC DIR --to hf",
+        artifact, "sagemaker", tuple(SERVED), "gptoss-convert convert SRC DIR --to hf",
         "its vLLM and LMI containers read safetensors under the names that vLLM's gpt-oss class knows",
     )  # fmt: skip
     plan = _plan(artifact, request)
@@ -97,14 +98,14 @@ def _plan(artifact: Artifact, request: Request) -> _Plan:
 
 def _require_served(artifact: Artifact, engine: str) -> None:
     """Refuse a kind that needs a later vLLM than the listed image of the engine surely has."""
-    floor, image = known.FLOORS[artifact.kind], known.IMAGES[engine]
-    if image.vllm >= floor.vllm:
+    floor, image = SERVED[artifact.kind], known.IMAGES[engine]
+    if image.vllm >= floor.floor:
         return
-    within = f"vLLM {known.text(image.vllm)}" + ("" if image.exact else " or later, not published")
-    other = engine == "lmi" and known.IMAGES["vllm"].vllm >= floor.vllm
+    within = f"vLLM {text(image.vllm)}" + ("" if image.exact else " or later, not published")
+    other = engine == "lmi" and known.IMAGES["vllm"].vllm >= floor.floor
     raise Refused(
         f"no listed image of --engine {engine} surely serves {artifact.kind}", file=artifact.path,
-        found=f"{image.name}: {within}", expected=f"vLLM {known.text(floor.vllm)} or later",
+        found=f"{image.name}: {within}", expected=f"vLLM {text(floor.floor)} or later",
         remedy="choose --engine vllm" if other else "give an image of your own with that vLLM: --image URI; or take MXFP4, which "
         "every listed image serves: gptoss-convert convert SRC DIR --to hf",
     )  # fmt: skip
@@ -222,13 +223,11 @@ def _template(plan: _Plan, requests: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def _notes(artifact: Artifact, plan: _Plan, request: Request, *, isolated: bool) -> list[str]:
-    floor = known.FLOORS[artifact.kind]
-    notes = [f"{artifact.kind} needs vLLM {known.text(floor.vllm)} or later ({floor.source})"]
+    floor = SERVED[artifact.kind]
+    notes = [f"{artifact.kind} needs vLLM {text(floor.floor)} or later ({floor.source})"]
     if request.image is None:
         image = known.IMAGES[plan.engine]
-        notes.append(
-            f"{image.name} has vLLM {known.text(image.vllm)}{'' if image.exact else ' or later'} ({image.source})"
-        )
+        notes.append(f"{image.name} has vLLM {text(image.vllm)}{'' if image.exact else ' or later'} ({image.source})")
     else:
         notes.append(f"that {plan.image} has it, and starts as --engine {plan.engine} expects, is not checked")
     if isolated:

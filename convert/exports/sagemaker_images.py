@@ -1,4 +1,4 @@
-"""SageMaker's containers and machines as data: what each image has within, and from which vLLM on a kind of artifact is served.
+"""SageMaker's containers and machines as data: what each image has within.
 
 Every entry says where it was read and when. None was pulled or run.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-Version = tuple[int, ...]
+from gptoss_convert.convert.exports.vllm import Version, experts_apart
+
 READ = "2026-11-22"
 
 
@@ -20,14 +21,6 @@ class Image:
     vllm: Version
     exact: bool
     ami: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Floor:
-    """From which vLLM on a kind is served, and how that is known."""
-
-    vllm: Version
     source: str
 
 
@@ -44,19 +37,6 @@ IMAGES = {
     ),
 }  # fmt: skip
 DEFAULT_ENGINE = "vllm"  # whose version is known, and whose environment JumpStart's own gpt-oss specification uses
-
-FLOORS = {
-    "mxfp4": Floor(
-        (0, 10, 2),
-        "JumpStart serves openai-reasoning-gpt-oss-20b with djl-lmi 0.34.0, whose release notes give vLLM 0.10.2",
-    ),
-    "bf16": Floor((0, 12, 0), "gpt_oss.py; the loader of unpacked experts was repaired in November 2025 (vllm#28715)"),
-    "int8": Floor(
-        (0, 29, 0), "the wheels' gpt_oss.py and compressed-tensors MoE files: biases of int8 experts since 0.29"
-    ),
-    "int4": Floor((0, 31, 0), "the wheels' gpt_oss.py: w13_weight_packed, and biases of packed experts, since 0.31"),
-    "int8-g32": Floor((0, 31, 0), "as int4"),
-}
 
 # Machine → GPUs and the GB of each. The types are botocore 1.44.5's ProductionVariantInstanceType; counts and memory are general
 # knowledge of EC2's families, not looked up on a page of AWS. Families without bfloat16 (g4dn, p3) are left out.
@@ -76,26 +56,11 @@ SMALL_INSTANCE, SMALL_BYTES, LARGE_INSTANCE = "ml.g7e.2xlarge", 76_000_000_000, 
 CONTEXT = 8192  # JumpStart's SM_VLLM_MAX_MODEL_LEN for gpt-oss
 
 
-def text(version: Version) -> str:
-    """0.29.0"""
-    return ".".join(map(str, version))
-
-
 def room(instance: str) -> int | None:
     """Bytes of weights at most, vLLM taking nine tenths of every GPU; None of a machine that is not listed."""
     if instance not in INSTANCES:
         return None
     return INSTANCES[instance] * _GB[instance.split(".")[1]] * 900_000_000
-
-
-def experts_apart(kind: str, gpus: int, intermediate: int) -> bool:
-    """Whether this many GPUs must share the experts out whole: int8's scales, and groups of 32, do not divide otherwise.
-
-    gpus 0: as many as the machine has, which is not known here.
-    """
-    if kind == "int8":
-        return gpus != 1
-    return kind in ("int4", "int8-g32") and (gpus == 0 or intermediate % (32 * gpus) != 0)
 
 
 def arguments(kind: str, gpus: int, intermediate: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What vLLM serves of what is converted, as data: from which version on, with which flags, on how many GPUs.
 
-Read in the sources of vLLM 0.21, 0.27 to 0.33; nothing here was measured on a GPU. MXFP4's floor is the oldest version that a
-published deployment of the release names (SageMaker JumpStart's gpt-oss-20b: 0.18). Tool calls: vllm-project/recipes, GPT-OSS.
+Read in the sources of vLLM 0.21, 0.27 to 0.33 and where each entry says; nothing here was measured on a GPU. Tool calls:
+vllm-project/recipes, GPT-OSS.
 
     int8             the per-expert loader and expert biases since 0.29; its scales are sliced wrongly by tensor parallelism
     int4, int8-g32   since 0.31; the backend that is chosen by itself leaves expert biases out on some GPUs, humming reads them;
@@ -12,45 +12,67 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.package import Package, require_kind
 from gptoss_convert.errors import Refused, UsageError
-from gptoss_convert.formats.files import parse_json
 
 IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"  # the newest release on PyPI and Docker Hub on 2026-11-22
 PORT, HEALTH = 8000, "/health"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "openai")
-_TAGGED = re.compile(r"(?:^|/)vllm-openai:v?(\d+)\.(\d+)")
+_TAGGED = re.compile(r"(?:^|/)vllm-openai:v?(\d+)\.(\d+)(?:\.(\d+))?")
 _GROUP = 32
-_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
+
+
+Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Serving:
-    """floor: the oldest version, flags: what it must be told, split: how its experts may lie on several GPUs."""
+    """floor: the oldest version, and where that was read; flags: what it must be told."""
 
-    floor: tuple[int, int]
+    floor: Version
+    source: str
     flags: tuple[str, ...] = ()
-    split: str = "tensor"  # or "groups": tensor where 32 divides what a GPU gets; or "expert"
 
 
 SERVED = {
-    "mxfp4": Serving((0, 18)),
-    "bf16": Serving((0, 21)),
-    "int8": Serving((0, 29), split="expert"),
-    "int4": Serving((0, 31), ("--moe-backend", "humming"), "groups"),
-    "int8-g32": Serving((0, 31), ("--moe-backend", "humming"), "groups"),
-}
+    "mxfp4": Serving(
+        (0, 10, 2),
+        "JumpStart serves openai-reasoning-gpt-oss-20b with djl-lmi 0.34.0, whose release notes give vLLM 0.10.2",
+    ),
+    "bf16": Serving((0, 12, 0), "gpt_oss.py; the loader of unpacked experts was repaired in November 2025 (vllm#28715)"),
+    "int8": Serving(
+        (0, 29, 0), "the wheels' gpt_oss.py and compressed-tensors MoE files: biases of int8 experts since 0.29"
+    ),
+    "int4": Serving(
+        (0, 31, 0), "the wheels' gpt_oss.py: w13_weight_packed, and biases of packed experts, since 0.31",
+        ("--moe-backend", "humming"),
+    ),
+    "int8-g32": Serving((0, 31, 0), "as int4", ("--moe-backend", "humming")),
+}  # fmt: skip
 REMEDY = "gptoss-convert convert SRC DIR --to hf (MXFP4), or --to int4, int8, bf16"
 
 
-def version_of(image: str) -> tuple[int, int] | None:
+def text(version: Version) -> str:
+    """0.29.0"""
+    return ".".join(map(str, version))
+
+
+def version_of(image: str) -> Version | None:
     """vLLM's version where an image's name tells it: the project's own images only."""
     found = _TAGGED.search(image)
-    return (int(found[1]), int(found[2])) if found else None
+    return tuple(int(part or 0) for part in found.groups()) if found else None
+
+
+def experts_apart(kind: str, gpus: int, intermediate: int) -> bool:
+    """Whether this many GPUs must share the experts out whole: int8's scales, and groups of 32, do not divide otherwise.
+
+    gpus 0: as many as the machine has, which is not known here.
+    """
+    if kind == "int8":
+        return gpus != 1
+    return kind in ("int4", "int8-g32") and (gpus == 0 or intermediate % (_GROUP * gpus) != 0)
 
 
 def require_served(artifact: Artifact, image: str, platform: str, package: Package) -> None:
@@ -60,7 +82,7 @@ def require_served(artifact: Artifact, image: str, platform: str, package: Packa
     why = {"gguf": "vLLM has no gpt-oss reader for GGUF", "onnx": "vLLM reads no ONNX"}.get(artifact.kind, "")
     require_kind(artifact, platform, tuple(SERVED), REMEDY, why)
     floor, version = SERVED[artifact.kind].floor, version_of(image)
-    needed = ".".join(map(str, floor))
+    needed = text(floor)
     if version is None:
         package.notes.append(f"{image} does not tell its vLLM; {artifact.kind} needs {needed} or newer")
     elif version < floor:
@@ -78,39 +100,9 @@ def arguments(artifact: Artifact, name: str, gpus: int, context: int | None) -> 
         found += ["--max-model-len", str(context)]
     if gpus > 1:
         found += ["--tensor-parallel-size", str(gpus)]
-        whole = artifact.config.intermediate % (gpus * _GROUP) == 0
-        if serving.split == "expert" or (serving.split == "groups" and not whole):
+        if experts_apart(artifact.kind, gpus, artifact.config.intermediate):
             found.append("--enable-expert-parallel")
     return found
-
-
-def require_chat(artifact: Artifact, platform: str) -> None:
-    """Refuse an artifact with which nobody could chat: without tokenizer or template, or whose end tokens are missing."""
-    for name in (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "generation_config.json"):
-        if artifact.small(name) is None:
-            raise Refused(
-                f"{platform} serves no chat without {name}", file=artifact.path, found="no such file",
-                expected=name, remedy="put the release's beside the weights, or convert again with --tokenizer FOLDER",
-            )  # fmt: skip
-    ends, ids = _end_tokens(artifact)
-    missing = [name for name, token in ids.items() if token not in ends]
-    if missing:
-        raise Refused(
-            "generation would not end where it has to", file=artifact.path / "generation_config.json",
-            found=f"eos_token_id {ends}", expected=", ".join(f"{name} ({ids[name]})" for name in missing),
-            remedy="take the release's generation_config.json",
-        )  # fmt: skip
-
-
-def _end_tokens(artifact: Artifact) -> tuple[list[Any], dict[str, Any]]:
-    generation = parse_json(artifact.small("generation_config.json") or b"", artifact.path / "generation_config.json")
-    tokenizer = parse_json(artifact.small(TOKENIZER) or b"", artifact.path / TOKENIZER)
-    ends = generation.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    added = tokenizer.get("added_tokens")
-    found = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    ids: dict[Any, Any] = {str(token.get("content")): token.get("id") for token in found}
-    return ends, {name: ids.get(name, -1) for name in _ENDS}
 
 
 def other_layouts(artifact: Artifact) -> set[str]:

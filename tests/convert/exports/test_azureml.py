@@ -195,7 +195,7 @@ def test_the_dockerfile_starts_the_entry_point_and_copies_only_what_is_there(pac
 def test_the_vocabulary_of_the_chat_parser_goes_into_the_image(
     kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(azureml.encodings, "o200k_file", lambda artifact: b"IQ== 0\n")
+    monkeypatch.setattr(azureml, "harmony_vocabulary", lambda table: b"IQ== 0\n")
     found = export(kinds("int4"), tmp_path / "out")
     text = (tmp_path / "out/environment/Dockerfile").read_text()
     assert (tmp_path / "out/environment/o200k_base.tiktoken").read_bytes() == b"IQ== 0\n"

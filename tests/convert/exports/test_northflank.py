@@ -278,7 +278,7 @@ def test_the_scripts_are_sound_shell(packed: Path, tmp_path: Path) -> None:
 def test_the_vocabulary_of_the_chat_parser_goes_onto_the_volume(
     kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(northflank.encodings, "o200k_file", lambda artifact: b"IQ== 0\n")
+    monkeypatch.setattr(northflank, "harmony_vocabulary", lambda table: b"IQ== 0\n")
     export(kinds("int4"), tmp_path / "out")
     volume, log = tmp_path / "volume", tmp_path / "log"
     volume.mkdir()

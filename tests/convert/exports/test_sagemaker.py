@@ -22,7 +22,7 @@ from support.checkpoints import SMALL, Model, write_hf
 from tokenizers import Tokenizer
 
 from gptoss_convert.convert.conversion import Options, convert
-from gptoss_convert.convert.exports import chat_files, sagemaker, sagemaker_images, write
+from gptoss_convert.convert.exports import chat_files, sagemaker, sagemaker_images, vllm, write
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.errors import DigestMismatch, Refused, UsageError
@@ -599,5 +599,5 @@ def test_the_releases_fit_where_they_are_put() -> None:
 def test_every_image_and_floor_says_where_it_was_read() -> None:
     for image in sagemaker_images.IMAGES.values():
         assert "2026-11-22" in image.source
-    assert all(floor.source for floor in sagemaker_images.FLOORS.values())
+    assert all(floor.source for floor in vllm.SERVED.values())
     assert set(sagemaker_images.IMAGES) == set(sagemaker.ENGINES)
