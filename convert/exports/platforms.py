@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from gptoss_convert.convert.exports import llama_cpp, lmstudio, ollama
 from gptoss_convert.convert.exports.package import Export
 
-PLATFORMS: dict[str, Export] = {}
+PLATFORMS: dict[str, Export] = {
+    "llama.cpp": llama_cpp.package,
+    "lmstudio": lmstudio.package,
+    "ollama": ollama.package,
+}
