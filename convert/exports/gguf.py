@@ -18,7 +18,8 @@ def require_gguf(artifact: Artifact, platform: str, *, whole: bool = False) -> C
     require_kind(artifact, platform, ("gguf",), REMEDY, "it loads GGUF")
     if whole and len(artifact.weights) > 1:
         raise Refused(
-            f"{platform} takes a GGUF in one file", file=artifact.path, found=f"{len(artifact.weights)} parts",
+            f"{platform} is given a GGUF in one file: not every version takes parts", file=artifact.path,
+            found=f"{len(artifact.weights)} parts",
             expected="one file", remedy="gptoss-convert convert PART model.gguf --to gguf",
         )  # fmt: skip
     return require_chat(artifact, platform)
@@ -47,7 +48,7 @@ def provenance(artifact: Artifact) -> list[str]:
     """Lines for a README: what the certificate says that it was made from, and what was lost on the way."""
     made = artifact.certificate
     if made is None:
-        return ["There is no certificate with this file: what it was made from, and what that cost, is not known."]
+        return ["There is no certificate with it: what it was made from, and what that cost, is not known."]
     weights = "OpenAI's, every file's digest known" if made["source"]["official_weights"] else "not OpenAI's own files"
     lost = made["lost"]
     cost = "was not proved" if lost is None else "lost nothing" if not lost else "lost: " + "; ".join(lost)
