@@ -57,8 +57,10 @@ def ask_hub(
 
 
 @contextmanager
-def as_network_errors(what: str) -> Iterator[None]:
-    """Turn whatever the hub client raises into one of this tool's errors."""
+def as_network_errors(
+    what: str, *, deed: str = "download", kept: str = "files that are complete and verified are kept"
+) -> Iterator[None]:
+    """Turn whatever the hub client raises into one of this tool's errors. kept: what a second try need not do again."""
     from huggingface_hub import errors
 
     # The base class of every transport error of the HTTP library that this version of the client uses.
@@ -75,11 +77,11 @@ def as_network_errors(what: str) -> Iterator[None]:
         raise NetworkError("the hub does not have this commit or file", file=what, remedy=remedy) from error
     except (OSError, http_error, errors.XetDownloadError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise CannotWrite("cannot write the download", file=what, found=error.strerror) from error
-        remedy = "run the same command again: files that are complete and verified are kept"
+            raise CannotWrite(f"cannot write for the {deed}", file=what, found=error.strerror) from error
+        remedy = f"run the same command again: {kept}"
         if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"):
-            remedy = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network; unset it to download"
-        raise NetworkError("the download failed", file=what, found=_first_line(error), remedy=remedy) from error
+            remedy = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network; unset it"
+        raise NetworkError(f"the {deed} failed", file=what, found=_first_line(error), remedy=remedy) from error
     except (ValueError, KeyError, TypeError) as error:
         remedy = "check HF_ENDPOINT, proxy and login page of your network"
         raise NetworkError(

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from gptoss_convert.convert.exports import azureml, bedrock, northflank, sagemaker
+from gptoss_convert.convert.exports import (
+    azureml,
+    bedrock,
+    huggingface,
+    llama_cpp,
+    lmstudio,
+    northflank,
+    ollama,
+    sagemaker,
+)
 from gptoss_convert.convert.exports.package import Export
 
 PLATFORMS: dict[str, Export] = {
     "sagemaker": sagemaker.package,
     "bedrock": bedrock.package,
     "azureml": azureml.package,
+    "llama.cpp": llama_cpp.package,
+    "ollama": ollama.package,
+    "lmstudio": lmstudio.package,
     "northflank": northflank.package,
+    "huggingface": huggingface.package,
 }

@@ -47,9 +47,16 @@ def command(
     An artifact that the platform cannot serve is refused, with what to convert to.
     """
     from gptoss_convert.convert.exports.package import Request
+    from gptoss_convert.convert.exports.push import push as upload
+    from gptoss_convert.convert.exports.push import require_pushable
     from gptoss_convert.convert.exports.write import export
 
+    repo = require_pushable(platform, wishes["name"]) if push else None
     found = export(artifact, out, platform, Request(**wishes), overwrite=overwrite, show=progress)
+    if repo is not None:
+        pushed = upload(found.target, repo)
+        found.document["pushed"] = {"repo": pushed.repo, "commit": pushed.commit, "url": pushed.url}
+        found.first_steps[:] = [f"open {pushed.url}: private if it is new"]
     emit(found.document, as_json, lambda console: _show(console, found))
 
 

@@ -1,7 +1,8 @@
-"""A small hub on loopback, the ways in which its downloads go wrong, and pins on what it serves."""
+"""A small hub on loopback, the ways in which its downloads go wrong, uploads to it, and pins on what it serves."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -41,6 +42,10 @@ class Hub:
     listed_otherwise: dict[str, bytes] = field(default_factory=dict)
     dies_after: int | None = None
     private: bool = False
+    token: str | None = None  # what may write; None: nothing may
+    made_private: bool | None = None  # how the repository was asked for, once it was
+    spoils: set[str] = field(default_factory=set)  # files that arrive with one bit changed
+    stored: dict[str, bytes] = field(default_factory=dict)  # LFS objects by their SHA-256
     requests: list[str] = field(default_factory=list)
     url: str = ""
     sent: int = 0
@@ -53,7 +58,7 @@ class Hub:
         return content[:-5] if name in self.short else content
 
     def is_lfs(self, name: str) -> bool:
-        return name.endswith(self.lfs)
+        return name.endswith(self.lfs) or len(self.files.get(name, b"")) > 1 << 20
 
     def tree(self) -> list[dict[str, object]]:
         folders = sorted({name.rpartition("/")[0] for name in self.files if "/" in name})
@@ -79,6 +84,78 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def do_POST(self) -> None:
+        self._write(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def _write(self, body: bytes) -> None:
+        """An upload's steps: repository, which files are large, where those go, the bytes, the commit."""
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append(f"{self.command} {path}")
+        api = f"/api/models/{hub.repo}"
+        if path.startswith("/objects/"):  # the store takes signed addresses, no tokens
+            hub.stored[path.removeprefix("/objects/")] = body
+            self._send(200, b"", {})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif hub.token is None or self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self._error(401, "Unauthorized")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == f"{api}/preupload/main":
+            modes = ((file["path"], file["size"]) for file in json.loads(body)["files"])
+            listed = [
+                {
+                    "path": p,
+                    "uploadMode": "lfs" if hub.is_lfs(p) or size > 1 << 20 else "regular",
+                    "shouldIgnore": False,
+                }
+                for p, size in modes
+            ]
+            self._json({"files": listed})
+        elif path == f"/{hub.repo}.git/info/lfs/objects/batch":
+            wanted = json.loads(body)["objects"]
+            self._json({"transfer": "basic", "objects": [self._object(o["oid"], o["size"]) for o in wanted]})
+        elif path == f"{api}/commit/main":
+            self._commit([json.loads(line) for line in body.splitlines()])
+        else:
+            self._error(404, "RepoNotFound")
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        hub = self.hub
+        if "/".join(filter(None, (asked.get("organization"), asked["name"]))) != hub.repo:
+            self._error(403, "Forbidden")
+        elif hub.made_private is not None:
+            self._send(409, json.dumps({"url": f"{hub.url}/{hub.repo}"}).encode(), {"X-Error-Message": "exists"})
+        else:
+            hub.made_private = asked.get("private", asked.get("visibility") == "private")
+            self._json({"url": f"{hub.url}/{hub.repo}"})
+
+    def _object(self, oid: str, size: int) -> dict[str, Any]:
+        upload = {"upload": {"href": f"{self.hub.url}/objects/{oid}", "header": {}}}
+        return {"oid": oid, "size": size} | ({} if oid in self.hub.stored else {"actions": upload})
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        hub = self.hub
+        files = dict(hub.files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = hub.stored.get(value["oid"])
+                if content is None or sha256(content) != value["oid"] or len(content) != value["size"]:
+                    self._error(400, "LfsObjectMissing")
+                    return
+                files[value["path"]] = content
+        for name in hub.spoils & files.keys():
+            files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
+        hub.files, hub.commit = files, sha256(repr(sorted(files.items())).encode())[:40]
+        hub.branches["main"] = hub.commit
+        self._json({"commitUrl": f"{hub.url}/{hub.repo}/commit/{hub.commit}", "commitOid": hub.commit})
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -125,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def _tree(self, cursor: int, path: str) -> None:

@@ -1,0 +1,199 @@
+"""Hugging Face: the artifact as a repository, with a model card that says what it is, what it cost and how it is run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptoss_convert import __version__
+from gptoss_convert.convert.artifact_card import CARD, SOURCE_CARD
+from gptoss_convert.convert.certificate import FOLDER_NAME
+from gptoss_convert.convert.exports.artifact import KINDS, Artifact, as_json
+from gptoss_convert.convert.exports.chat import GENERATION, Chat, generation_config, require_chat
+from gptoss_convert.convert.exports.gguf import licence, provenance
+from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
+from gptoss_convert.convert.exports.quality import quality_section
+from gptoss_convert.convert.exports.words import paragraph, size, table
+from gptoss_convert.convert.model_card import front_matter
+
+PLATFORM = "huggingface"
+LOADING = "LOADING.md"
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+SERVED = tuple(kind for kind in KINDS if kind != "original")
+_INTEGERS = ("int4", "int8", "int8-g32")
+_KEPT = ("license", "license_name", "license_link", "language", "datasets")
+_LIBRARY = {"mxfp4": "transformers", "bf16": "transformers", "gguf": "gguf", "onnx": "onnx"}
+_TAGS = {
+    "mxfp4": ["mxfp4", "vllm"], "bf16": ["vllm"], "gguf": ["gguf", "llama.cpp"], "onnx": ["onnx", "onnxruntime-genai"],
+    "int4": ["compressed-tensors", "int4", "vllm"], "int8": ["compressed-tensors", "int8", "vllm"],
+    "int8-g32": ["compressed-tensors", "int8", "vllm"],
+}  # fmt: skip
+_WHAT = {
+    "mxfp4": "in the official layout: experts in MXFP4, the rest in bf16",
+    "bf16": "with every weight in bfloat16",
+    "gguf": "as GGUF, for llama.cpp and what is built on it",
+    "onnx": "as ONNX, for ONNX Runtime GenAI",
+    "int4": "W4A16: experts and attention as 4-bit integers in groups of 32 (compressed-tensors)",
+    "int8": "W8A8: experts and attention as 8-bit integers, a scale for each output (compressed-tensors)",
+    "int8-g32": "W8A16: experts as 8-bit integers in groups of 32 (compressed-tensors)",
+}
+_TRANSFORMERS = """\
+    from transformers import pipeline
+    chat = pipeline("text-generation", model="{name}", dtype="auto", device_map="auto")
+    print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=256)[0]["generated_text"][-1])
+"""
+_CARDS = {LOADING: "What loads it, from which version on, and what loads it wrongly", SOURCE_CARD: "The source's card"}
+_RUN = {
+    "mxfp4": "    vllm serve {name}\n\n" + _TRANSFORMERS,
+    "bf16": "    vllm serve {name}\n\n" + _TRANSFORMERS,
+    "int4": "    vllm serve {name} --moe-backend humming        # vLLM 0.31 to 0.33; LOADING.md has the rest\n",
+    "int8": "    vllm serve {name}                              # vLLM 0.29 to 0.33, one GPU; LOADING.md has the rest\n",
+    "int8-g32": "    vllm serve {name} --moe-backend humming        # vLLM 0.31 to 0.33; LOADING.md has the rest\n",
+    "gguf": (
+        "    hf download {name} --local-dir model\n"
+        "    llama-server -m model/{first} --jinja --temp 1.0 --top-p 1.0 --top-k 0 --min-p 0 -c 16384\n"
+    ),
+    "onnx": (
+        "    hf download {name} --local-dir model\n"
+        '    python -c "import onnxruntime_genai as og; print(og.Model(\'model\'))"\n'
+    ),
+}  # fmt: skip
+
+
+def package(artifact: Artifact, request: Request) -> Package:
+    """The artifact's files, its card as README.md; cards that were there keep their text under other names."""
+    request.only(PLATFORM, {"name", "base_model", "quality"})
+    require_kind(artifact, PLATFORM, SERVED, "gptoss-convert convert SRC DIR --to hf", "no library of the hub loads it")
+    chat = require_chat(artifact, PLATFORM)
+    name = require_name(request.name or f"OWNER/{artifact.model}-{artifact.kind}", REPOSITORY, "a repository", 96)
+    if request.base_model is not None:
+        require_name(request.base_model, REPOSITORY, "a base model", 96)
+    made = Package()
+    made.copy(artifact)
+    if CARD in made.files:
+        other = LOADING if artifact.kind in _INTEGERS else SOURCE_CARD
+        if other not in made.files:
+            made.files[other] = made.files[CARD]
+    if artifact.kind not in ("gguf", "onnx") and (defaults := generation_config(artifact, chat)) is not None:
+        made.files[GENERATION] = defaults
+        made.notes.append(f"{GENERATION} was completed: every end token stops generation")
+    matter = card_matter(artifact, request.base_model)
+    made.files[CARD] = model_card(artifact, chat, name, matter, made.files, request.quality)
+    made.files |= _amended_certificate(artifact, made)
+    if "base_model" not in matter:
+        made.notes.append("the card names no base model: say --base-model OWNER/NAME")
+    if "license" not in matter:
+        made.notes.append("the card names no licence, because the artifact does not: add one to README.md")
+    made.first_steps = [
+        f"hf upload {name} . (in that folder), or gptoss-convert export … --for huggingface --name OWNER/NAME --push"
+    ]
+    return made
+
+
+def _amended_certificate(artifact: Artifact, made: Package) -> dict[str, bytes | Path]:
+    """The certificate of a folder with the card and what else was written here among its files, so that it stays true of it."""
+    name, document = artifact.certificate_name, artifact.certificate
+    if document is None or name != FOLDER_NAME:
+        return {}
+    listed = {file["name"]: file for file in document["artifact"]["files"]}
+    for other in (LOADING, SOURCE_CARD):
+        if CARD in listed and made.files.get(other) == artifact.files.get(CARD):
+            listed[other] = {**listed[CARD], "name": other}
+    for other, data in made.files.items():
+        if isinstance(data, bytes):
+            listed[other] = {"name": other, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    written = ", ".join(sorted(other for other, data in made.files.items() if isinstance(data, bytes)))
+    notes = [*document["artifact"].get("notes", []), f"{written}: written by export --for {PLATFORM}, after the proof"]
+    table = {
+        **document,
+        "artifact": {**document["artifact"], "files": [listed[n] for n in sorted(listed)], "notes": notes},
+    }
+    return {name: as_json(table)}
+
+
+def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:
+    """The card's front matter. What the source's card says of the licence stays true of what is made from it."""
+    made = artifact.certificate
+    official = bool(made and made["source"]["official_weights"] and artifact.config.release)
+    cards = [artifact.small(CARD), _source_card(artifact)]
+    theirs: dict[str, Any] = {}
+    for card in filter(None, cards):
+        theirs |= front_matter(card)
+    matter: dict[str, Any] = {key: theirs[key] for key in _KEPT if key in theirs}
+    if "license" not in matter and (terms := "apache-2.0" if official else licence(artifact)):
+        matter = {"license": terms, **matter}
+    base = base_model or (f"openai/{artifact.config.release}" if official else None)
+    if base is not None:
+        matter |= {"base_model": base, "base_model_relation": "quantized"}
+    elif "base_model" in theirs:
+        matter["base_model"] = theirs["base_model"]
+    matter |= {"pipeline_tag": "text-generation", "library_name": _LIBRARY.get(artifact.kind, "vllm")}
+    tags = theirs.get("tags", [])
+    named = [tags] if isinstance(tags, str) else tags
+    matter["tags"] = list(dict.fromkeys([*named, "gpt_oss", *_TAGS[artifact.kind], "conversational"]))
+    return matter
+
+
+def _source_card(artifact: Artifact) -> bytes | None:
+    path = artifact.files.get(SOURCE_CARD)
+    return None if path is None or path.stat().st_size > 1 << 20 else path.read_bytes()
+
+
+def model_card(
+    artifact: Artifact,
+    chat: Chat,
+    name: str,
+    matter: Mapping[str, Any],
+    files: Mapping[str, bytes | Path],
+    quality: Path | None,
+) -> bytes:
+    """README.md."""
+    import yaml
+
+    front = yaml.safe_dump(dict(matter), sort_keys=False, allow_unicode=True, width=1000)
+    bits = 8 * artifact.weight_bytes / artifact.config.parameters
+    rows = [
+        (
+            f"`{weights}`",
+            size(artifact.files[weights].stat().st_size),
+            f"`{artifact.digest(weights) or 'see SHA256SUMS'}`",
+        )
+        for weights in artifact.weights
+    ]
+    sizes = (
+        f"{size(artifact.weight_bytes)} for {artifact.config.parameters / 1e9:.2f} billion parameters: {bits:.2f} bits each. "
+        "`sha256sum -c SHA256SUMS` checks every file."
+    )
+    measured = (
+        paragraph("Not measured. `gptoss-convert compare` measures it.")
+        if quality is None
+        else quality_section(artifact, quality)
+    )
+    ends = ", ".join(f"`{token}` {index}" for token, index in chat.ends.items())
+    others = [
+        paragraph(f"{what}: [{other}]({other}).")
+        for other, what in _CARDS.items()
+        if other in files
+    ]  # fmt: skip
+    blocks = [
+        f"---\n{front}---\n",
+        f"# {name.partition('/')[2]}\n",
+        paragraph(f"{artifact.model} {_WHAT[artifact.kind]}. Written by gptoss-convert {__version__}."),
+        *map(paragraph, provenance(artifact)), *others,
+        "## Size\n", table(("file", "size", "SHA-256"), rows, "lrl"), paragraph(sizes),
+        "## Quality\n", measured,
+        "## How to run\n", _RUN[artifact.kind].format(name=name, first=artifact.weights[0]),
+        paragraph("Sampling as OpenAI has it: temperature 1.0, top-p 1.0, nothing else cut off. Nothing here was run on a GPU."),
+        "## Chat\n", paragraph(f"The format is harmony: answers come in channels. Generation ends at {ends}. {chat.origin}"),
+        "## Licence\n", paragraph(_terms(matter)),
+    ]  # fmt: skip
+    return "\n".join(blocks).encode()
+
+
+def _terms(matter: Mapping[str, Any]) -> str:
+    if "license" not in matter:
+        return "The artifact does not say."
+    link = f" ({matter['license_link']})" if "license_link" in matter else ""
+    return f"{matter.get('license_name', matter['license'])}{link}, as the model that it was made from."

@@ -1,0 +1,232 @@
+"""A conversation through the exports, token for token: openai-harmony, transformers from the exported folder, llama.cpp from the
+exported GGUF, all with the release's vocabulary and template.
+
+One conversation, with instructions, a tool, a call, its result and an answer, is given to each as its own interface has it. The
+official template and openai-harmony do not agree on everything (convert/harmony.py); here each disagreement is a name with the
+two texts that stand for one another, and applying these to harmony's text must give the template's, token for token.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import pytest
+from support import tokenizer as tk
+from support.checkpoints import SMALL, Model, write_original
+from support.judges import convert
+from support.llama_server import command_line, post, serve
+
+from gptoss_convert.cli import cli
+from gptoss_convert.convert.companions import TEMPLATE
+
+ROOT = Path(__file__).parents[2]
+SPEC = replace(SMALL, layers=1, experts=2, hidden=32, intermediate=32, heads=1, kv_heads=1, vocab=201088)
+SPEC = replace(SPEC, spare_rows=SPEC.vocab - tk.TRUE_TEXT_TOKENS - 21)
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the place"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+RULES = "Be brief.\n\nAnswer in the user's language."
+ARGUMENTS = {"city": "Zürich", "unit": "celsius"}
+THOUGHT, RESULT, ANSWER = "Look it up. 天気?", "sunny, 21 °C 🙂", "Sonnig, 21 °C."
+ASKED, AGAIN = "Wie ist das Wetter in Zürich?", "Und in Łódź?\n\n  def f(x): return 2880"
+
+QUOTED = json.dumps(RESULT, ensure_ascii=False)
+DIFFERENCES = {
+    "<|constrain|> before the content type of a call": (" <|constrain|>json<|message|>{", " json<|message|>{"),
+    "a tool's result is JSON text": (f"<|message|>{RESULT}<|end|>", f"<|message|>{QUOTED}<|end|>"),
+}
+"""What openai-harmony writes, and what the template writes in its place, of what this conversation shows. (It does not show the
+others: the empty line after instructions without tools, and the comma after a parameter's default.)"""
+
+
+@pytest.fixture(scope="module")
+def true_file() -> Path:
+    """The release's tokenizer.json."""
+    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
+    if found is None:
+        pytest.skip(tk.no_true_tokenizer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exports(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model with the release's tokenizer and template, exported to each platform that carries them here."""
+    templates = (ROOT / ".cache" / "llama.cpp").glob("*/vendor/llama.cpp/models/templates/openai-gpt-oss-120b.jinja")
+    template = next(iter(sorted(templates)), None)
+    if template is None:
+        pytest.skip("llama.cpp's sources are not here; benchmarks/peer.py fetches them")
+    folder = tmp_path_factory.mktemp("chat")
+    write_original(Model(SPEC), folder / "source")
+    copyfile(true_file, folder / "source/tokenizer.json")
+    settings = json.dumps(tk.tokenizer_config(tk.TRUE_TEXT_TOKENS), indent=2) + "\n"
+    (folder / "source/tokenizer_config.json").write_text(settings)
+    (folder / "source/special_tokens_map.json").write_text(json.dumps(tk.SPECIAL_TOKENS_MAP))
+    copyfile(template, folder / "source" / TEMPLATE)
+    (folder / "source/generation_config.json").unlink(missing_ok=True)
+    artifacts = {"m.gguf": convert(folder / "source", folder / "m.gguf", "gguf")}
+    artifacts |= {kind: convert(folder / "source", folder / kind, kind) for kind in ("bf16", "int4")}
+    wanted = [("llama.cpp", "m.gguf"), ("ollama", "m.gguf"), ("lmstudio", "m.gguf"), ("huggingface", "m.gguf")]
+    wanted += [("huggingface", "bf16"), ("huggingface", "int4")]
+    found = {"template": template}
+    for platform, artifact in wanted:
+        out = found[f"{platform} {artifact}"] = folder / f"{platform}-{artifact}-out"
+        cli.main(["export", str(artifacts[artifact]), "--for", platform, "--out", str(out)], standalone_mode=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """llama.cpp, serving the export by its own command line."""
+    script = exports["llama.cpp m.gguf"] / "server.sh"
+    with serve(command_line(script, tmp_path_factory.mktemp("path"), PORT="0", CONTEXT="2048")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def harmony(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """openai-harmony and its encoding, its vocabulary from the package that the tokenizer is rebuilt from."""
+    library = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed")
+    folder = tmp_path_factory.mktemp("harmony")
+    ranks = tk.true_ranks(true_file.parent / "js-tiktoken-1.0.21.tgz")
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (folder / "o200k_base.tiktoken").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_ENCODINGS_BASE", str(folder))
+        yield library, library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+def by_harmony(harmony: tuple[Any, Any], date: str, *, turns: int) -> list[int]:
+    """The conversation up to where the assistant is to go on: 1 after the question, 2 after the tool's result, 3 after more."""
+    library, encoding = harmony
+    role, message = library.Role, library.Message.from_role_and_content
+    function = WEATHER["function"]
+    assert isinstance(function, dict)
+    tool = library.ToolDescription.new(function["name"], function["description"], function["parameters"])
+    system = library.SystemContent.new().with_conversation_start_date(date)
+    system = system.with_reasoning_effort(library.ReasoningEffort.HIGH)
+    developer = library.DeveloperContent.new().with_instructions(RULES).with_function_tools([tool])
+    call = message(role.ASSISTANT, json.dumps(ARGUMENTS, ensure_ascii=False)).with_channel("commentary")
+    author = library.Author.new(role.TOOL, "functions.get_weather")
+    result = library.Message.from_author_and_content(author, RESULT).with_recipient("assistant")
+    parts = [
+        [message(role.SYSTEM, system), message(role.DEVELOPER, developer), message(role.USER, ASKED)],
+        [
+            message(role.ASSISTANT, THOUGHT).with_channel("analysis"),
+            call.with_recipient("functions.get_weather").with_content_type("<|constrain|>json"),
+            result.with_channel("commentary"),
+        ],
+        [message(role.ASSISTANT, ANSWER).with_channel("final"), message(role.USER, AGAIN)],
+    ]
+    whole = library.Conversation.from_messages([m for part in parts[:turns] for m in part])
+    found: list[int] = encoding.render_conversation_for_completion(whole, role.ASSISTANT)
+    return found
+
+
+def as_chat(turns: int) -> dict[str, Any]:
+    """The same conversation in OpenAI's chat API."""
+    function = {"name": "get_weather", "arguments": ARGUMENTS}
+    parts: list[list[dict[str, Any]]] = [
+        [{"role": "developer", "content": RULES}, {"role": "user", "content": ASKED}],
+        [
+            {
+                "role": "assistant", "content": "", "thinking": THOUGHT,
+                "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+            },
+            {"role": "tool", "tool_call_id": "call_1", "content": RESULT},
+        ],
+        [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": AGAIN}],
+    ]  # fmt: skip
+    return {"messages": [m for part in parts[:turns] for m in part], "tools": [WEATHER]}
+
+
+def by_transformers(folder: Path, turns: int) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = as_chat(turns)
+    found = tokenizer.apply_chat_template(
+        chat["messages"], tools=chat["tools"], reasoning_effort="high", add_generation_prompt=True, return_dict=True
+    )
+    return list(found["input_ids"])
+
+
+def by_llama(address: str, turns: int) -> list[int]:
+    chat = as_chat(turns)
+    for message in chat["messages"]:  # llama.cpp has the API's name for it, and arguments as text
+        if "thinking" in message:
+            message["reasoning_content"] = message.pop("thinking")
+        for call in message.get("tool_calls", []):
+            call["function"] = {**call["function"], "arguments": json.dumps(ARGUMENTS, ensure_ascii=False)}
+    prompt = post(address, "/apply-template", {**chat, "chat_template_kwargs": {"reasoning_effort": "high"}})["prompt"]
+    reply = post(address, "/tokenize", {"content": prompt, "add_special": False, "parse_special": True})
+    return [int(i) for i in reply["tokens"]]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_the_runtimes_of_the_exports_agree(exports: dict[str, Path], llama: str, turns: int) -> None:
+    ids = by_transformers(exports["huggingface bf16"], turns)
+    assert by_transformers(exports["huggingface int4"], turns) == ids
+    assert by_llama(llama, turns) == ids
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_they_say_what_harmony_says(
+    exports: dict[str, Path], harmony: tuple[Any, Any], true_file: Path, turns: int
+) -> None:
+    from tokenizers import Tokenizer
+
+    _, encoding = harmony
+    theirs = by_harmony(harmony, datetime.now().strftime("%Y-%m-%d"), turns=turns)
+    tokenizer = Tokenizer.from_file(str(true_file))
+    ids = by_transformers(exports["huggingface bf16"], turns)
+    text = encoding.decode(theirs)
+    assert tokenizer.encode(text).ids == theirs, "one vocabulary"
+    for pair in DIFFERENCES.values():
+        assert (pair[0] in text) == (turns > 1), "a difference that there is, and no other"
+        text = text.replace(*pair)
+    assert text == tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokenizer.encode(text).ids == ids
+    assert (theirs == ids) == (turns == 1)
+
+
+def test_every_export_carries_template_tokenizer_and_end_tokens(exports: dict[str, Path]) -> None:
+    import hashlib
+
+    import gguf
+
+    template = exports["template"].read_bytes()
+    for name, folder in exports.items():
+        if name == "template":
+            continue
+        if name.endswith(".gguf"):
+            (file,) = folder.glob("*.gguf")
+            fields = gguf.GGUFReader(file).fields
+            assert fields["tokenizer.chat_template"].contents().encode() == template
+            assert fields["tokenizer.ggml.eos_token_id"].contents() == 200002
+            kinds = fields["tokenizer.ggml.token_type"].contents()
+            assert {kinds[i] for i in (200002, 200012, 199999)} == {int(gguf.TokenType.CONTROL)}
+            continue
+        assert (folder / TEMPLATE).read_bytes() == template
+        assert hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest() == tk.TRUE_SHA256
+        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert set(ends) == {200002, 200012, 199999}
