@@ -21,9 +21,9 @@ from gptoss_convert.convert.exports.chat_files import (
     NO_VOCABULARY,
     VARIABLE,
     VOCABULARY,
-    Chat,
+    ChatFiles,
     harmony_vocabulary,
-    require_chat,
+    require_chat_files,
 )
 from gptoss_convert.convert.exports.mlflow_form import add_mlflow, require_mlflow
 from gptoss_convert.convert.exports.package import Package, Request, require_name
@@ -71,7 +71,7 @@ def package(artifact: Artifact, request: Request) -> Package:
         require_mlflow(artifact)
     else:
         vllm.require_served(artifact, request.image or vllm.IMAGE, "azureml", made)
-    chat = require_chat(artifact, "azureml")
+    chat = require_chat_files(artifact, "azureml")
     instance, machine = _machine(artifact, request.instance, made)
     if engine == "mlflow":
         add_mlflow(made, artifact, chat)
@@ -132,7 +132,7 @@ def _model(artifact: Artifact, name: str, engine: str) -> bytes:
     )  # fmt: skip
 
 
-def _add_environment(made: Package, chat: Chat, name: str, image: str) -> None:
+def _add_environment(made: Package, chat: ChatFiles, name: str, image: str) -> None:
     vocabulary = harmony_vocabulary(chat.table)
     lines = [f"FROM {image}"]
     if vocabulary is None:

@@ -16,7 +16,8 @@ from gptoss_convert.config import to_hf
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.aws import DEFAULT_REGION, model_uri, region_of, role_arn, to_do
-from gptoss_convert.convert.exports.chat_files import GENERATION, SPECIALS, require_chat
+from gptoss_convert.convert.exports.chat import GENERATION
+from gptoss_convert.convert.exports.chat_files import SPECIALS, require_chat_files
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.errors import Refused, UsageError
 from gptoss_convert.formats.files import read_json
@@ -45,7 +46,7 @@ def package(artifact: Artifact, request: Request) -> Package:
         raise UsageError("Bedrock imports gpt-oss in one region only", found=region, expected=REGION)
     name = require_name(request.name or f"{artifact.model}-{artifact.kind}", _NAME, "an imported model", 63)
     _require_weights(artifact)
-    chat = require_chat(artifact, "bedrock")
+    chat = require_chat_files(artifact, "bedrock")
     made = Package(notes=[*chat.notes])
     for file in (*artifact.weights, INDEX, *CARRIED):
         if file in artifact.files:

@@ -16,7 +16,7 @@ from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.convert.tokens import CONTROL
 from gptoss_convert.errors import BadInput, Refused
 
-END_TOKENS = ("<|return|>", "<|call|>", "<|endoftext|>")
+END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # in the order of the release's generation_config.json
 GENERATION = "generation_config.json"
 
 

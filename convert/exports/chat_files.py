@@ -1,27 +1,26 @@
 """What chat needs beside the weights: tokenizer and template as they are, end tokens, harmony's vocabulary where no net is.
 
-`require_chat` refuses an artifact that would be served without them. `harmony_vocabulary` makes o200k_base.tiktoken, which vLLM's
-harmony parser otherwise downloads, from tokenizer.json: its text tokens in id order are that file, and a pinned digest says so.
+`require_chat_files` refuses a folder that would be served without them. `harmony_vocabulary` makes o200k_base.tiktoken, which
+vLLM's harmony parser otherwise downloads, from tokenizer.json: its text tokens in id order are that file, and a digest says so.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
+from gptoss_convert.convert.exports.chat import END_TOKENS, GENERATION, generation_config, require_chat
 from gptoss_convert.convert.exports.package import Package
 from gptoss_convert.convert.tokenizer_files import SYMBOLS
 from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.formats.files import parse_json
 
-GENERATION, SPECIALS = "generation_config.json", "special_tokens_map.json"
-END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # in the order of the release's generation_config.json
+SPECIALS = "special_tokens_map.json"
 VOCABULARY, VARIABLE = "o200k_base.tiktoken", "TIKTOKEN_ENCODINGS_BASE"  # the folder of the first, in the environment
 # OpenAI's own file, as tiktoken 0.14.0 and openai-harmony 0.0.8 pin it (read 2026-11-22).
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
@@ -33,7 +32,7 @@ _BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 
 @dataclass
-class Chat:
+class ChatFiles:
     """replaced: small files to write in place of the artifact's own, or that it lacks; notes: why."""
 
     table: Mapping[str, Any]  # tokenizer.json
@@ -46,47 +45,25 @@ class Chat:
         package.notes.extend(self.notes)
 
 
-def require_chat(artifact: Artifact, platform: str) -> Chat:
-    """Refuse an artifact without tokenizer or template; see that generation stops at all three end tokens."""
+def require_chat_files(artifact: Artifact, platform: str) -> ChatFiles:
+    """Refuse a folder without tokenizer or template (chat.py); see that generation stops at all three end tokens."""
+    chat = require_chat(artifact, platform)
     for name in (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE):
         if name not in artifact.files:
             raise Refused(
-                f"{platform} would serve this artifact without chat: a file is missing", file=artifact.path, expected=name,
+                f"{platform} cannot hold a conversation with this artifact: it lacks {name}", file=artifact.path, expected=name,
                 remedy="convert again with --tokenizer FOLDER, which holds tokenizer.json, its config and chat_template.jinja",
             )  # fmt: skip
-    chat = Chat(parse_json(_small(artifact, TOKENIZER), TOKENIZER))
-    _require_end_tokens(artifact, chat)
+    made = ChatFiles(parse_json(_small(artifact, TOKENIZER), TOKENIZER))
+    if (defaults := generation_config(artifact, chat)) is not None:
+        made.replaced[GENERATION] = defaults
+        made.notes.append(f"{GENERATION} stops at {', '.join(END_TOKENS)}; the artifact's own is missing or did not")
     if SPECIALS not in artifact.files:
         settings = parse_json(_small(artifact, TOKENIZER_CONFIG), TOKENIZER_CONFIG)
         roles = {f"{role}_token": settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-        chat.replaced[SPECIALS] = as_json({key: text for key, text in roles.items() if text is not None})
-        chat.notes.append(f"{SPECIALS} is made from {TOKENIZER_CONFIG}; the artifact has none")
-    return chat
-
-
-def _require_end_tokens(artifact: Artifact, chat: Chat) -> None:
-    listed = chat.table.get("added_tokens")
-    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
-    ids = {token.get("content"): token.get("id") for token in added}
-    missing = [text for text in END_TOKENS if not isinstance(ids.get(text), int)]
-    if missing:
-        raise Refused(
-            "the tokenizer has no such end token, so that a conversation would not stop", file=artifact.path,
-            found=", ".join(missing), expected=" ".join(END_TOKENS), remedy="export with gpt-oss's own tokenizer",
-        )  # fmt: skip
-    ends = [ids[text] for text in END_TOKENS]
-    own = artifact.small(GENERATION)
-    table = parse_json(own, GENERATION) if own is not None else {"do_sample": True}
-    have = table.get("eos_token_id")
-    kept = have if isinstance(have, list) else [] if have is None else [have]
-    if set(ends) <= set(kept):
-        return
-    table = {**table, "eos_token_id": [*kept, *(i for i in ends if i not in kept)]}
-    chat.replaced[GENERATION] = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
-    chat.notes.append(
-        f"{GENERATION} stops at {', '.join(END_TOKENS)}; the artifact's own "
-        + ("is missing" if own is None else f"had eos_token_id {have}")
-    )
+        made.replaced[SPECIALS] = as_json({key: text for key, text in roles.items() if text is not None})
+        made.notes.append(f"{SPECIALS} is made from {TOKENIZER_CONFIG}; the artifact has none")
+    return made
 
 
 def harmony_vocabulary(table: Mapping[str, Any]) -> bytes | None:

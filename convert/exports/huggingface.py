@@ -146,7 +146,7 @@ def model_card(
     chat: Chat,
     name: str,
     matter: Mapping[str, Any],
-    files: Mapping[str, bytes | Path],
+    files: Mapping[str, object],
     quality: Path | None,
 ) -> bytes:
     """README.md."""

@@ -13,7 +13,7 @@ import yaml
 
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from gptoss_convert.convert.exports.artifact import Artifact
-from gptoss_convert.convert.exports.chat_files import Chat
+from gptoss_convert.convert.exports.chat_files import ChatFiles
 from gptoss_convert.convert.exports.package import Package, require_kind
 from gptoss_convert.convert.exports.vllm import other_layouts
 
@@ -32,7 +32,7 @@ def require_mlflow(artifact: Artifact) -> None:
     require_kind(artifact, "azureml --engine mlflow", KINDS, REMEDY, "MLflow loads with stock transformers")
 
 
-def add_mlflow(made: Package, artifact: Artifact, chat: Chat) -> None:
+def add_mlflow(made: Package, artifact: Artifact, chat: ChatFiles) -> None:
     """The whole folder."""
     made.copy(artifact, f"{BELOW}model/", other_layouts(artifact))
     chat.put_into(made, f"{BELOW}model/")

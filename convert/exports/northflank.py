@@ -23,7 +23,7 @@ from gptoss_convert.convert.exports.chat_files import (
     VARIABLE,
     VOCABULARY,
     harmony_vocabulary,
-    require_chat,
+    require_chat_files,
 )
 from gptoss_convert.convert.exports.package import Package, Request, require_name
 from gptoss_convert.errors import Refused, UsageError
@@ -78,7 +78,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     image = request.image or vllm.IMAGE
     name = require_name(request.name or artifact.model, NAME, "a service", MOST)
     vllm.require_served(artifact, image, "northflank", made)
-    chat = require_chat(artifact, "northflank")
+    chat = require_chat_files(artifact, "northflank")
     plan, model, count = _plan(artifact, request.instance)
     made.copy(artifact, "model/", vllm.other_layouts(artifact))
     chat.put_into(made, "model/")

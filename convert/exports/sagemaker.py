@@ -18,7 +18,12 @@ from gptoss_convert.convert.exports import sagemaker_images as known
 from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.aws import deep_learning_image, model_uri, region_of, role_arn, to_do
-from gptoss_convert.convert.exports.chat_files import VOCABULARY, VOCABULARY_SHA256, harmony_vocabulary, require_chat
+from gptoss_convert.convert.exports.chat_files import (
+    VOCABULARY,
+    VOCABULARY_SHA256,
+    harmony_vocabulary,
+    require_chat_files,
+)
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.vllm import SERVED, text
 from gptoss_convert.errors import Refused, UsageError
@@ -51,7 +56,7 @@ def package(artifact: Artifact, request: Request) -> Package:
         "its vLLM and LMI containers read safetensors under the names that vLLM's gpt-oss class knows",
     )  # fmt: skip
     plan = _plan(artifact, request)
-    chat = require_chat(artifact, "sagemaker")
+    chat = require_chat_files(artifact, "sagemaker")
     vocabulary = harmony_vocabulary(chat.table)
     inside: dict[str, Any] = {name: path for name, path in artifact.files.items() if "/" not in name} | chat.replaced
     if vocabulary is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -157,9 +158,8 @@ def test_the_model_folder_is_flat_and_carries_the_chat_files_as_they_are(artifac
 def test_an_artifact_that_could_not_chat_is_refused(artifacts: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
     (tmp_path / "mxfp4" / name).unlink()
-    with pytest.raises(Refused, match="without chat") as error:
+    with pytest.raises(Refused, match=f"cannot hold a conversation.*it lacks {re.escape(name)}") as error:
         export(tmp_path / "mxfp4", tmp_path / "out")
-    assert error.value.expected == name
     assert "--tokenizer" in str(error.value.remedy)
     assert not (tmp_path / "out").exists()
 
@@ -169,9 +169,8 @@ def test_a_tokenizer_without_an_end_token_is_refused(artifacts: Path, tmp_path: 
     path = tmp_path / "mxfp4" / "tokenizer.json"
     path.write_text(path.read_text().replace("<|call|>", "<|cull|>"))
     (tmp_path / "mxfp4" / "gptoss-certificate.json").unlink()
-    with pytest.raises(Refused, match="would not stop") as error:
+    with pytest.raises(Refused, match=r"it lacks <\|call\|>"):
         export(tmp_path / "mxfp4", tmp_path / "out")
-    assert error.value.found == "<|call|>"
 
 
 @pytest.mark.parametrize("spoil", ["missing", "two", "one", "none"])
@@ -317,7 +316,7 @@ def test_the_archive_holds_what_the_prefix_would_and_is_the_same_every_time(arti
 
 def test_a_file_within_the_archive_is_checked_against_the_certificate(artifacts: Path, tmp_path: Path) -> None:
     shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
-    path = tmp_path / "mxfp4" / "chat_template.jinja"
+    path = tmp_path / "mxfp4" / "tokenizer_config.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(DigestMismatch):
         export(tmp_path / "mxfp4", tmp_path / "out", archive=True)
