@@ -229,7 +229,7 @@ ARGUMENTS: list[tuple[str, dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "wishes", "expected"), ARGUMENTS, ids=str)
+@pytest.mark.parametrize(("name", "wishes", "expected"), ARGUMENTS, ids=range(len(ARGUMENTS)))
 def test_integer_experts_get_the_kernels_and_the_sharing_that_compute_rightly(
     artifacts: Path, tmp_path: Path, name: str, wishes: dict[str, Any], expected: set[str]
 ) -> None:
