@@ -7,8 +7,8 @@
     int8_mm    all (of equals the negative one)                      quantizer of ONNX Runtime, bit for bit
     int4_moe   the same, the first of equals; then float16           value / scale before that rounding, halves to even: what
                                                                      onnxruntime-genai's builder writes, bit for bit
-    int8_moe   a search (`int_groups`), or from MXFP4 exactly:       2 · E2M1 + 128
-               2^(byte − 128)
+    int8_moe   of what MXFP4 can hold 2^(byte − 128), exactly        2 · E2M1 + 128
+               of the rest a search (`int_groups`)                   the nearest
 
 The extreme value of a block is held exactly by a signed scale. A column's importance is not looked at: the rules are fixed.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.floats import F32, U8
 from gptoss_convert.kernels.inputs import Unfit, require_finite
 from gptoss_convert.kernels.int_groups import int_encode
@@ -81,9 +82,19 @@ def int4_moe_encode(values: F32, importance: F32 | None) -> U8:
 
 
 def int8_moe_encode(values: F32, importance: F32 | None) -> U8:
-    """f32 [R, G·32] → uint8 [R, G·36]; what MXFP4 can hold comes back exactly."""
-    found = int_encode(values, 8, GROUP, "symmetric", "f32", importance)
-    return join("int8_moe", found.scales.astype("<f4").view(np.uint8), found.codes.view(np.uint8) ^ np.uint8(128))
+    """f32 [R, G·32] → uint8 [R, G·36]; a block that MXFP4 can hold becomes what its MXFP4 form becomes."""
+    values = np.ascontiguousarray(values, np.float32)
+    require_finite(values)
+    packed = mxfp4.encode(values)
+    held = (mxfp4.decode(*packed) == values).reshape(len(values), -1, GROUP).all(axis=2)
+    rows = int8_moe_from_mxfp4(*packed)
+    if not held.all():
+        found = int_encode(values, 8, GROUP, "symmetric", "f32", importance)
+        codes = found.codes.view(np.uint8) ^ np.uint8(128)
+        searched = join("int8_moe", found.scales.astype("<f4").view(np.uint8), codes)
+        groups = (rows.reshape(*held.shape, -1), searched.reshape(*held.shape, -1))
+        rows = np.where(held[..., None], *groups).reshape(rows.shape)
+    return rows
 
 
 def int8_moe_from_mxfp4(blocks: U8, scales: U8) -> U8:
