@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "platform",
     required=True,
     metavar="PLATFORM",
-    help="sagemaker, bedrock, azureml, foundry-local, llama.cpp, ollama, lmstudio, northflank or huggingface.",
+    help="sagemaker, bedrock, azureml, llama.cpp, ollama, lmstudio, northflank or huggingface.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--name", help="What the deployment, or the repository (OWNER/NAME), is called.")

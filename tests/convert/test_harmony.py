@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tokenizer as tk
+from support.template import no_template, official_template
 from tokenizers import Tokenizer
 
 from gptoss_convert.convert.harmony import Piece, encode, render
@@ -147,14 +148,12 @@ def text_of(conversation: Conversation) -> str:
 @pytest.fixture(scope="module")
 def template() -> Callable[[Conversation], str]:
     """The released template, rendered as for training, on DATE."""
-    found = sorted(
-        (ROOT / ".cache" / "llama.cpp").glob("*/vendor/llama.cpp/models/templates/openai-gpt-oss-120b.jinja")
-    )
-    if not found:
-        pytest.skip("llama.cpp's sources are not here; benchmarks/peer.py fetches them")
+    found = official_template(ROOT / ".cache" / "template")
+    if found is None:
+        pytest.skip(no_template)
     from transformers.utils import chat_template_utils
 
-    compiled = chat_template_utils._cached_compile_jinja_template(found[0].read_text())
+    compiled = chat_template_utils._cached_compile_jinja_template(found.read_text())
 
     def by_template(conversation: Conversation) -> str:
         return compiled.render(strftime_now=lambda _: DATE, add_generation_prompt=False, **conversation)

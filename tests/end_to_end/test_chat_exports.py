@@ -22,6 +22,7 @@ from support import tokenizer as tk
 from support.checkpoints import SMALL, Model, write_original
 from support.judges import convert
 from support.llama_server import command_line, post, serve
+from support.template import no_template, official_template
 
 from gptoss_convert.cli import cli
 from gptoss_convert.convert.companions import TEMPLATE
@@ -71,10 +72,9 @@ def true_file() -> Path:
 @pytest.fixture(scope="module")
 def exports(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model with the release's tokenizer and template, exported to each platform that carries them here."""
-    templates = (ROOT / ".cache" / "llama.cpp").glob("*/vendor/llama.cpp/models/templates/openai-gpt-oss-120b.jinja")
-    template = next(iter(sorted(templates)), None)
+    template = official_template(ROOT / ".cache" / "template")
     if template is None:
-        pytest.skip("llama.cpp's sources are not here; benchmarks/peer.py fetches them")
+        pytest.skip(no_template)
     folder = tmp_path_factory.mktemp("chat")
     write_original(Model(SPEC), folder / "source")
     copyfile(true_file, folder / "source/tokenizer.json")
