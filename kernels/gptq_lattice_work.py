@@ -61,6 +61,8 @@ class Work(NamedTuple):
 
 
 def new_work() -> Work:
+    """Room for one thread's LANES rows."""
+
     def i32(*shape: int) -> I32:
         return np.zeros(shape, np.int32)
 

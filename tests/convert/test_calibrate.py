@@ -25,7 +25,7 @@ from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.statistics import Statistics, read_statistics
 from gptoss_convert.convert.texts import Texts
-from gptoss_convert.errors import BadInput, TargetExists, UsageError
+from gptoss_convert.errors import BadInput, CannotWrite, TargetExists, UsageError
 from gptoss_convert.quant.shrinkage import own_weight
 
 SPEC = replace(SMALL, experts=8)
@@ -196,6 +196,26 @@ def test_a_model_that_computes_no_numbers_is_refused_and_an_older_file_stays(tmp
         calibrate(tmp_path / "bf16", tmp_path / "good.gguf", lambda _: texts(), context=50, overwrite=True, show=silent)
     assert (tmp_path / "good.gguf").read_bytes() == b"good"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16", "good.gguf"]
+
+
+def test_a_run_with_another_meaning_of_gate_proj_takes_nothing_up(checkpoint: Path) -> None:
+    with open_source(checkpoint) as source:
+        layout = calibrating.lay_out(source.config, {"text": "t", "tokens": 50, "context": 50})
+        found = {calibrating._digest(source, layout, "cpu", meaning) for meaning in (None, "halves", "deinterleaved")}
+    assert len(found) == 3
+
+
+def test_a_disk_that_fills_up_between_two_layers_is_named_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _data: object) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CannotWrite, match="not enough space") as error:
+        run(checkpoint, tmp_path / "s.gguf")
+    assert "stream-0" in str(error.value.file)
+    assert not list(tmp_path.iterdir())
 
 
 def test_coverage_says_who_is_short_and_how_much_text_would_do(checkpoint: Path, tmp_path: Path) -> None:
