@@ -32,6 +32,7 @@ from gptoss_convert.convert.run import Digests, SourceHashing, execute
 from gptoss_convert.convert.source import Source, open_source
 from gptoss_convert.convert.target_compressed import plan_int4, plan_int8, plan_int8_g32
 from gptoss_convert.convert.target_gguf import gguf_tensors, plan_gguf
+from gptoss_convert.convert.target_onnx import Wanted, plan_onnx
 from gptoss_convert.convert.target_safetensors import plan_bf16, plan_hf, plan_original
 from gptoss_convert.convert.workers import cores
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
@@ -42,7 +43,7 @@ from gptoss_convert.kernels.floats import F32
 from gptoss_convert.quant.encode import DENSE_CODECS, EXPERT_CODECS
 from gptoss_convert.quant.recipe import Recipe, named, read_recipe
 
-TARGETS = ("gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32")
+TARGETS = ("gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32", "onnx")
 MAX_RECIPE_BYTES = 1 << 20
 
 
@@ -66,6 +67,10 @@ class Options:
     gate_proj: str | None = None
     overwrite: bool = False
     rounding: Wish = field(default_factory=Wish)
+    embedding: str = "auto"
+    router: str = "auto"
+    head: str = "auto"
+    onnx_runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ def make_plan(
     keys: more metadata for a GGUF; dry: the plan is only looked at, so that any neurons will do; activations: calibrated mean
     squares, by which neurons are chosen instead (`cut.choose`).
     """
+    if options.to != "onnx":
+        _refuse(options, _OF_ONNX)
     if options.to == "gguf":
         _check_gguf_name(target, options)
         recipe, widening = with_widths(choose_recipe(source, options), options.widen)
@@ -126,8 +133,11 @@ def make_plan(
         plan.notes[:0] = notes
         if asked:
             require_bits_kept(source, plan, options.experts, options.dense)
+    elif options.to == "onnx":
+        _refuse(options, _OF_GGUF)
+        plan = plan_onnx(source, _wanted(options))
     else:
-        _refuse_codecs(options)
+        _refuse(options, {**_OF_GGUF, **_OF_BOTH})
         planners = {
             "hf": plan_hf,
             "original": plan_original,
@@ -199,17 +209,25 @@ def _check_gguf_name(target: Path, options: Options) -> None:
         raise UsageError("a GGUF's name ends in .gguf", found=target.name, remedy=f"name it {target.name}.gguf")
 
 
-def _refuse_codecs(options: Options) -> None:
-    for what, asked in (
-        ("--experts", options.experts),
-        ("--dense", options.dense),
-        ("--type", options.type),
-        ("--recipe", options.recipe),
-        ("--widen", options.widen),
-        ("--name", options.name),
-    ):
-        if asked not in ("auto", None):
-            raise UsageError(f"{what} is for --to gguf", found=f"--to {options.to}", remedy=f"leave {what} out")
+_OF_GGUF = {"type": "gguf", "recipe": "gguf", "widen": "gguf", "name": "gguf"}
+_OF_BOTH = {"experts": "gguf or onnx", "dense": "gguf or onnx"}
+_OF_ONNX = {"embedding": "onnx", "router": "onnx", "head": "onnx", "onnx_runtime": "onnx"}
+
+
+def _refuse(options: Options, foreign: Mapping[str, str]) -> None:
+    """UsageError for an option that is for other targets. foreign: option → these targets."""
+    for name, targets in foreign.items():
+        if getattr(options, name) not in ("auto", None):
+            what = "--" + name.replace("_", "-")
+            raise UsageError(f"{what} is for --to {targets}", found=f"--to {options.to}", remedy=f"leave {what} out")
+
+
+def _wanted(options: Options) -> Wanted:
+    if options.rounding.method != "round":
+        raise UsageError("ONNX's integers are rounded by fixed rules", found=f"--method {options.rounding.method}")
+    if options.split_bytes is not None:
+        raise UsageError("ONNX has one data file", found="--split-size", remedy="leave --split-size out")
+    return Wanted(options.experts, options.dense, options.embedding, options.router, options.head, options.onnx_runtime)
 
 
 def thread_count(plan: Plan, wanted: int) -> int:

@@ -132,7 +132,7 @@ def encoding_name(view: View) -> str:
 
 
 # A source's encoding → codecs that hold each of its values as it is.
-EXACT = {"mxfp4": ("mxfp4", "q8_0", "q5_0", "int8_g32")}
+EXACT = {"mxfp4": ("mxfp4", "q8_0", "q5_0", "int8_g32", "int8_moe")}
 
 
 def rounded_codecs(plan: Plan, name: str) -> dict[str, str]:

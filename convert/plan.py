@@ -45,7 +45,8 @@ class Slot:
 
     codec: a row codec, or BLOCKS or SCALES; part: "" all rows, "gate" the even or "up" the odd ones (of a bias, columns);
     shape: the output tensor's; first_row: where the canonical rows go in a taller output tensor (qkv); field: INT_SCALES or
-    INT_CODES where the tensor holds only these of the codec's rows, in elements of `width` bytes; expert: the only one whose
+    INT_CODES where the tensor holds only these of the codec's rows, in elements of `width` bytes, a row after the other
+    unless transposed; expert: the only one whose
     values it takes.
     """
 
@@ -207,9 +208,8 @@ def _piece(slot: Slot, place: Place, part: tuple[int, int, int], matrix: tuple[i
     expert, start, stop = part
     rows, columns = matrix
     if slot.field:
-        matrices = slot.shape[0] if len(slot.shape) == 3 else 1
-        size = slot_bytes(slot) // (matrices * rows)
-        first = (expert * rows if slot.expert is None else 0) + start
+        size = CODECS[slot.codec].field_bytes(columns)[slot.field == INT_CODES]
+        first = slot.first_row + (expert * rows if slot.expert is None else 0) + start
         at, nbytes = place.offset + first * size, (stop - start) * size
         return Piece(place.file, at, nbytes, slot.codec, "", False, slot.transposed, slot.field)
     if slot.transposed:

@@ -39,6 +39,7 @@ class Layout(StrEnum):
     PER_EXPERT = "per-expert"
     COMPRESSED = "compressed-tensors"
     GGUF = "gguf"
+    ONNX = "onnx"
 
 
 DESCRIPTION = {
@@ -51,6 +52,7 @@ DESCRIPTION = {
     Layout.PER_EXPERT: "gate_proj, up_proj and down_proj apart for each expert",
     Layout.COMPRESSED: "integer experts in compressed-tensors' form, under vLLM's names",
     Layout.GGUF: "GGUF of architecture gpt-oss",
+    Layout.ONNX: "an ONNX graph of this tool with its data file",
 }
 
 
@@ -190,7 +192,9 @@ def _open_file(path: Path, gate_proj: str | None) -> Source:
         file=path,
         found=kind.value if kind else "unknown content",
         expected="safetensors, GGUF or metal's model.bin",
-        remedy="pickles are never opened: convert them to safetensors where you trust them"
+        remedy="name the folder that model.onnx lies in"
+        if path.suffix == ".onnx"
+        else "pickles are never opened: convert them to safetensors where you trust them"
         if kind in (Kind.PICKLE, Kind.ZIP)
         else None,
     )
@@ -218,6 +222,10 @@ def _open_folder(folder: Path, gate_proj: str | None) -> Source:
         return open_gguf(files[ggufs[0]])
     if metal:
         return _open_file(files[metal[0]], gate_proj)
+    if "model.onnx" in files:
+        from gptoss_convert.convert.source_onnx import open_onnx
+
+        return open_onnx(folder)
     raise BadInput("no checkpoint in the folder", file=folder, found=_what_is_there(files, kinds), remedy=_hint(files))
 
 

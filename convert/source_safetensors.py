@@ -163,7 +163,7 @@ def _build(folder: Path, files: list[SourceFile], tensors: Tensors, gate_proj: s
         if culprit:
             raise Refused(f"this is {reason}", file=folder, tensor=culprit)
     if ours:
-        source = open_compressed(folder, tensors, *_config(folder))
+        source = open_compressed(folder, tensors, *read_config(folder))
     elif any(name.startswith("block.") for name in tensors):
         source = _open_original(folder, tensors)
     else:
@@ -205,7 +205,7 @@ def collect_above(parent: Path) -> dict[str, Companion]:
     return collect_companions(parent)
 
 
-def _config(folder: Path) -> tuple[Path, dict[str, Any], str]:
+def read_config(folder: Path) -> tuple[Path, dict[str, Any], str]:
     """Path, table and SHA-256 of the configuration, of one reading."""
     path = folder / "config.json"
     if not path.exists():
@@ -218,7 +218,7 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any], str]:
 
 
 def _open_original(folder: Path, tensors: Tensors) -> Source:
-    path, table, digest = _config(folder)
+    path, table, digest = read_config(folder)
     config = from_original(table, path)
     source = Source(folder, Layout.ORIGINAL, config, {}, [], config_sha256=digest)
     parts = {"q": (0, config.q_rows), "k": (config.q_rows, config.kv_rows)}
@@ -273,7 +273,7 @@ def _add_packed(source: Source, name: str, tensors: Tensors, blocks_name: str, s
 
 
 def _open_hf(folder: Path, tensors: Tensors, gate_proj: str | None) -> Source:
-    path, table, digest = _config(folder)
+    path, table, digest = read_config(folder)
     config = from_hf(table, path)
     layout = _expert_form(tensors, folder)
     source = Source(folder, layout, config, {}, [], config_table=table, config_sha256=digest)

@@ -232,6 +232,13 @@ def special_ids(companions: Mapping[str, Companion]) -> dict[str, int]:
     return _ids(by_text, settings)
 
 
+def added_ids(companions: Mapping[str, Companion]) -> dict[str, int]:
+    """The ids of the added tokens by text; none without a tokenizer.json."""
+    if TOKENIZER not in companions:
+        return {}
+    return {token.text: token.id for token in _added(parse_json(companion_bytes(companions[TOKENIZER]), TOKENIZER))}
+
+
 def _settings(companions: Mapping[str, Companion]) -> dict[str, Any]:
     if TOKENIZER_CONFIG not in companions:
         return {}

@@ -22,15 +22,17 @@ from gptoss_convert.convert.source import Layout, Source
 from gptoss_convert.errors import ProofFailed
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.gguf import read_header as read_gguf
+from gptoss_convert.formats.onnx import TYPE_NAMES
+from gptoss_convert.formats.onnx import read_header as read_onnx
 from gptoss_convert.formats.safetensors import read_header as read_safetensors
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.experts import F64, activation, product
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.witness import decode_ggml, decode_packed, decode_release
+from gptoss_convert.kernels.witness import decode_ggml, decode_packed, decode_release, decode_unsigned
 
 ROWS, READ_ROWS = 64, 1024
 SAMPLE = 2  # rows of each expert that are also decoded by the gguf package
-_WIDTH = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+_WIDTH = {"BF16": "bf16", "F16": "f16", "F32": "f32", "FLOAT": "f32"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Witness:
             return self._packed(
                 [stem + "mlp1_weight", stem + "mlp2_weight"], [stem + "mlp1_bias", stem + "mlp2_bias"], ".", expert
             )
+        if self.layout is Layout.ONNX:
+            return self._qmoe(f"model.layers.{layer}.moe.experts.", expert)
         stem = f"model.layers.{layer}.mlp.experts."
         if self.layout is Layout.HF:
             names = [stem + "gate_up_proj", stem + "down_proj"]
@@ -135,6 +139,32 @@ class Witness:
             gate=lambda x: products[0](x)[:, 0::2], up=lambda x: products[0](x)[:, 1::2], down=products[1],
             gate_bias=bias[0::2], up_bias=bias[1::2], down_bias=down_bias,
         )  # fmt: skip
+
+    def _qmoe(self, stem: str, expert: int) -> Expert:
+        """QMoE: fc1 is gate_up_proj with swiglu_fusion=1, rows alternating gate, up; fc2 is down_proj; all [E, out, …]."""
+        gate_up, down = (self._qmoe_product(f"{stem}{name}.", expert) for name in ("gate_up_proj", "down_proj"))
+        both = _once(gate_up)
+        bias, down_bias = (self._vector(f"{stem}{name}.bias", expert) for name in ("gate_up_proj", "down_proj"))
+        return Expert(
+            gate=lambda x: both(x)[:, 0::2], up=lambda x: both(x)[:, 1::2], down=down,
+            gate_bias=bias[0::2], up_bias=bias[1::2], down_bias=down_bias,
+        )  # fmt: skip
+
+    def _qmoe_product(self, name: str, expert: int) -> Matrix:
+        codes, scales = self._raw[name + "qweight"], self._raw[name + "scales"]
+        _, out, size = codes.shape
+        groups = scales.shape[2]
+        width = 4 if scales.kind == "FLOAT" else 1
+
+        def fetch(first: int, count: int) -> tuple[U8, ...]:
+            at = expert * out + first
+            return codes.rows(at, count, size), scales.rows(at, count, width * groups)
+
+        def decode(c: U8, s: U8) -> F32:
+            """Of FLOAT8E8M0 scales MXFP4, else integers."""
+            return decode_release(c, s) if width == 1 else decode_unsigned(c, s, 8 * size // (32 * groups))
+
+        return _product_of(fetch, decode, out)
 
     def _packed_product(self, name: str, joint: str, expert: int) -> Matrix:
         blocks, scales = self._raw[f"{name}{joint}blocks"], self._raw[f"{name}{joint}scales"]
@@ -355,6 +385,11 @@ def _raw_tensors(source: Source) -> Mapping[str, Raw]:
         if source.layout is Layout.GGUF:
             for info in read_gguf(file).tensors.values():
                 raw[info.name] = Raw(file, info.offset, info.type_name.lower(), tuple(reversed(info.shape)))
+        elif source.layout is Layout.ONNX:
+            if file.name.endswith(".onnx"):
+                data = next(other for other in source.files if other is not file)
+                for tensor in read_onnx(file).tensors.values():
+                    raw[tensor.name] = Raw(data, tensor.offset, TYPE_NAMES[tensor.kind], tensor.shape)
         elif source.layout is not Layout.METAL:
             for entry in read_safetensors(file).entries.values():
                 raw[entry.name] = Raw(file, entry.offset, entry.dtype, entry.shape)

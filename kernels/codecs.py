@@ -1,8 +1,8 @@
 """The codecs by name: how many bytes a row takes, rows of bytes → values, and values → rows where the codec rounds.
 
 A *row codec* stores each row of a matrix by itself, so any range of rows can be read, permuted or written alone. The ids
-are ggml's; what is not ggml's (`int_rows`) has NOT_GGML and cannot stand in a GGUF. MXFP4 here is ggml's block order; the
-release's two-tensor order is `Mxfp4` in `kernels.chunks`.
+are ggml's; what is not ggml's (`int_rows`, `signed_blocks`) has NOT_GGML and cannot stand in a GGUF. MXFP4 here is ggml's
+block order; the release's two-tensor order is `Mxfp4` in `kernels.chunks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptoss_convert.kernels import int_rows, iq2, iq3, iq4, k_blocks, legacy_blocks, mxfp4, nvfp4, q2_0, q_blocks
+from gptoss_convert.kernels import (
+    int_rows,
+    iq2,
+    iq3,
+    iq4,
+    k_blocks,
+    legacy_blocks,
+    mxfp4,
+    nvfp4,
+    q2_0,
+    q_blocks,
+    signed_blocks,
+)
 from gptoss_convert.kernels.floats import F32, U8, bf16_to_f32, f32_to_bf16
 
 NOT_GGML = -1
@@ -47,6 +59,11 @@ class Codec:
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row; `columns` must fit."""
         return self.head + columns // self.block * self.block_bytes
+
+    def field_bytes(self, columns: int) -> tuple[int, int]:
+        """Of a codec that files keep in two tensors: bytes of a row's scales and of its codes."""
+        scales = self.head or columns // self.block * self.fields[0]
+        return scales, self.row_bytes(columns) - scales
 
     def columns(self, row_bytes: int) -> int:
         """Values of a row of that many bytes."""
@@ -106,6 +123,10 @@ CODECS: dict[str, Codec] = {
             head=int_rows.CHANNEL_SCALE,
         ),
         Codec("int8", NOT_GGML, 1, (1,), int_rows.int8_decode),
+        Codec("int4_mm", NOT_GGML, 32, signed_blocks.INT4, signed_blocks.int4_decode, signed_blocks.int4_mm_encode),
+        Codec("int8_mm", NOT_GGML, 32, signed_blocks.INT8, signed_blocks.int8_decode, signed_blocks.int8_mm_encode),
+        Codec("int4_moe", NOT_GGML, 32, signed_blocks.INT4, signed_blocks.int4_decode, signed_blocks.int4_moe_encode),
+        Codec("int8_moe", NOT_GGML, 32, signed_blocks.INT8, signed_blocks.int8_decode, signed_blocks.int8_moe_encode),
     )
 }  # fmt: skip
 BY_GGML_ID: dict[int, Codec] = {codec.ggml_id: codec for codec in CODECS.values() if codec.ggml_id != NOT_GGML}

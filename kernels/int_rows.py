@@ -27,8 +27,14 @@ from gptoss_convert.kernels.mxfp4 import TWICE_E2M1
 GROUP = 32
 INT4_G32, INT8_G32 = (2, GROUP // 2), (2, GROUP)  # bytes of a group's scale and codes
 CHANNEL_SCALE = 4  # bytes of a row's scale
-_SCALE_BYTES = {"int4_g32": INT4_G32[0], "int8_g32": INT8_G32[0], "int8_channel": CHANNEL_SCALE}
-_GROUP_BYTES = {"int4_g32": sum(INT4_G32), "int8_g32": sum(INT8_G32)}  # of a channel: the row
+# The same for the codecs of `signed_blocks`: a scale of 4 bytes.
+_SCALE_BYTES = {
+    "int4_g32": INT4_G32[0], "int8_g32": INT8_G32[0], "int8_channel": CHANNEL_SCALE,
+    "int4_mm": 4, "int8_mm": 4, "int4_moe": 4, "int8_moe": 4,
+}  # fmt: skip
+_GROUP_BYTES = {
+    "int4_g32": sum(INT4_G32), "int8_g32": sum(INT8_G32), "int4_mm": 20, "int4_moe": 20, "int8_mm": 36, "int8_moe": 36,
+}  # of a channel: the row  # fmt: skip
 _LEAST_BF16 = np.float32(2.0**-133)
 
 
@@ -146,6 +152,10 @@ _SCALE_FROM_MXFP4 = _mxfp4_scales().astype("<u2")
 
 def int8_g32_from_mxfp4(blocks: U8, scales: U8) -> U8:
     """Release order blocks [R, G, 16], scales [R, G] → uint8 [R, G·34], every value the same; a negative zero becomes zero."""
-    codes = np.take(_FROM_MXFP4, blocks).view(np.uint8)
     held = np.take(_SCALE_FROM_MXFP4, scales)
-    return join("int8_g32", held.view(np.uint8), codes.reshape(len(codes), -1))
+    return join("int8_g32", held.view(np.uint8), mxfp4_to_codes(blocks))
+
+
+def mxfp4_to_codes(blocks: U8) -> U8:
+    """Blocks [R, G, 16] → uint8 [R, G·32]: twice the value of each code, plus 128."""
+    return np.take(_FROM_MXFP4, blocks).view(np.uint8).reshape(len(blocks), -1)

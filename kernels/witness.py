@@ -6,6 +6,7 @@ Each follows the words of its format and shares no table, no helper and no loop 
     ggml     17 bytes: scale, then byte j: element j in the low four bits, j+16 in the high four
     E2M1     bit 3 sign, bits 2-1 exponent e, bit 0 mantissa m: e = 0: m/2, else 2^(e−1)·(1 + m/2)
     E8M0     2^(byte − 127)
+    unsigned one integer a byte or two, the even element in the low four bits; minus 2^(b−1); a float32 scale for 32
     packed   int32 words, element i of a row in bits b·i … b·i + b − 1 of the row's bits, lowest first, plus 2^(b−1)
 """
 
@@ -90,4 +91,24 @@ def decode_packed(words: U8, scales: U8, bits: int) -> F32:
     uppers[..., 1] = np.ascontiguousarray(scales).view("<u2")  # a bfloat16 is a float32 without its lower half
     out = np.empty((words.shape[0], words.shape[1] * 8 // bits), np.float32)
     _packed(np.ascontiguousarray(words).view("<u4"), uppers.reshape(len(scales), -1).view("<f4"), bits, out)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _unsigned(codes: Any, scales: Any, bits: Any, out: Any) -> None:
+    zero = 1 << (bits - 1)
+    for row in range(out.shape[0]):
+        for column in range(out.shape[1]):
+            if bits == 8:
+                code = np.int64(codes[row, column])
+            else:
+                byte = codes[row, column // 2]
+                code = np.int64(byte // 16 if column % 2 else byte % 16)
+            out[row, column] = np.float32(code - zero) * scales[row, column // 32]
+
+
+def decode_unsigned(codes: U8, scales: U8, bits: int) -> F32:
+    """codes uint8 [R, bytes of a row], scales uint8 [R, 4 · groups of 32], float32 → f32 [R, C]."""
+    out = np.empty((codes.shape[0], codes.shape[1] * 8 // bits), np.float32)
+    _unsigned(codes, np.ascontiguousarray(scales).view("<f4"), bits, out)
     return out

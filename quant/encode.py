@@ -1,7 +1,7 @@
 """A chunk → the bytes of a row codec, exactly where it can be done exactly, by a named rule where it is rounded.
 
     from \\ to       mxfp4             q8_0, q5_0, nvfp4,       bf16, f16, f32               every other codec
-                                      int8_g32
+                                      int8_g32, int8_moe
     the same        the bits          the bits                 the bits                     the bits
     mxfp4           bits moved        transcoded, exact        decoded, rounded to even     its encoder
     floats, q…      its encoder       its encoder, which is    rounded to even              its encoder
@@ -22,7 +22,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gptoss_convert.errors import BadInput, Refused
-from gptoss_convert.kernels import gain, int_rows, mxfp4, nvfp4, q_blocks
+from gptoss_convert.kernels import gain, int_rows, mxfp4, nvfp4, q_blocks, signed_blocks
 from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import CODECS, FLOATS, encode_float
 from gptoss_convert.kernels.floats import F32, U8, first_nonfinite
@@ -37,7 +37,7 @@ def fate(source: str, target: str) -> str:
     """What happens to a tensor's values on the way from one encoding to another, in a few words; for plans."""
     if source == target:
         return "bits kept"
-    if source == "mxfp4" and target in ("q8_0", "q5_0", "nvfp4", "int8_g32"):
+    if source == "mxfp4" and target in ("q8_0", "q5_0", "nvfp4", "int8_g32", "int8_moe"):
         return "transcoded exactly"
     widening = {("bf16", "f32"), ("f16", "f32"), ("mxfp4", "f32"), ("mxfp4", "bf16"), ("q8_0", "f32"), ("q5_0", "f32")}
     return "widened exactly" if (source, target) in widening else f"rounded to {target}"
@@ -70,6 +70,8 @@ def encode(
             return _transcode(chunk, codec, tensor, first_row)
         if codec == "int8_g32":
             return int_rows.int8_g32_from_mxfp4(chunk.blocks, chunk.scales)
+        if codec == "int8_moe":
+            return signed_blocks.int8_moe_from_mxfp4(chunk.blocks, chunk.scales)
         if codec == "nvfp4":
             return _transcode_nvfp4(chunk, tensor, first_row, importance)
 

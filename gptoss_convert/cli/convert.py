@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from gptoss_convert.convert.conversion import Outcome
 
 
+_DENSE = click.Choice(["auto", "f32", "int8", "int4"])
+
+
 class Size(click.ParamType[int]):
     """A number of bytes with a decimal (4GB) or binary (4GiB) unit."""
 
@@ -49,21 +52,26 @@ class Widen(click.ParamType[str]):
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32"]),
-    help="What to write. int4, int8 and int8-g32: integers for vLLM, see the README.md that lies in the output.",
+    type=click.Choice(["gguf", "hf", "original", "bf16", "int4", "int8", "int8-g32", "onnx"]),
+    help="What to write. int4, int8 and int8-g32: integers for vLLM, see the README.md that lies in the output. onnx: a folder "
+    "for ONNX Runtime and onnxruntime-genai.",
 )
 @click.option(
     "--experts",
     default="auto",
-    type=click.Choice(["auto", "mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32"]),
-    help="GGUF: codec of the experts. auto keeps the source's.",
+    type=click.Choice(["auto", "mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32", "int8", "int4"]),
+    help="Codec of the experts. GGUF: auto keeps the source's. ONNX: mxfp4, int8 (exact from MXFP4), int4.",
 )
 @click.option(
     "--dense",
     default="auto",
-    type=click.Choice(["auto", "bf16", "f16", "f32", "q8_0"]),
-    help="GGUF: codec of embedding, head and attention. auto keeps the source's.",
+    type=click.Choice(["auto", "bf16", "f16", "f32", "q8_0", "int8", "int4"]),
+    help="Codec of embedding, head and attention. GGUF: auto keeps the source's. ONNX: f32, int8, int4, not of the embedding.",
 )
+@click.option("--embedding", default="auto", type=_DENSE, help="ONNX: the embedding apart; auto is f32.")
+@click.option("--router", default="auto", type=_DENSE, help="ONNX: the routers apart; auto is as --dense.")
+@click.option("--head", default="auto", type=_DENSE, help="ONNX: the head apart; auto is as --dense.")
+@click.option("--onnx-runtime", metavar="VERSION", help="ONNX: the oldest runtime that must load it, 1.24 to 1.32.")
 @click.option("--type", metavar="NAME", help="GGUF: a type by its known name: mxfp4, q3_k_m, q2_k, iq2_xs …")
 @click.option("--recipe", type=click.Path(path_type=Path), help="GGUF: your own choice of codecs, a TOML file.")
 @click.option(

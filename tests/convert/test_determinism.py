@@ -21,6 +21,8 @@ RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("exact", "bf16", "bf16", {"split_bytes": 300_000}),
     ("noisy", "lossy.gguf", "gguf", {"experts": "mxfp4", "dense": "q8_0"}),
     ("noisy", "hf", "hf", {}),
+    ("exact", "onnx", "onnx", {}),
+    ("noisy", "onnx-rounded", "onnx", {"experts": "int8", "dense": "int4", "embedding": "int8"}),
 ]
 
 DRIVER = """

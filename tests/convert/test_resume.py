@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def undisturbed(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory, convert: Any) -> dict[str, dict[str, bytes]]:
     """What a run that nothing disturbs makes, by target."""
     results = {}
-    for to in ("gguf", "hf"):
+    for to in ("gguf", "hf", "onnx"):
         folder = tmp_path_factory.mktemp(to)
         convert(hf_folder, folder / ("m.gguf" if to == "gguf" else "m"), to)
         results[to] = contents(folder)
@@ -103,6 +103,9 @@ MOMENTS = [
     ("gguf", "rename", 2),  # of the artifact, whose certificate stands already
     ("hf", "record", 61),
     ("hf", "rename of the folder", 1),
+    ("onnx", "record", 40),
+    ("onnx", "torn write", 57),
+    ("onnx", "proof", 1),
 ]
 
 
@@ -136,7 +139,7 @@ def spoil(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-@pytest.mark.parametrize("to", ["gguf", "hf"])
+@pytest.mark.parametrize("to", ["gguf", "hf", "onnx"])
 def test_bytes_that_changed_since_are_done_again_wherever_they_lie(
     to: str,
     hf_folder: Path,

@@ -1,0 +1,143 @@
+"""The ONNX target: a folder for ONNX Runtime, onnxruntime-genai and Foundry Local, written in one stream.
+
+    model.onnx          the graph (`onnx_graph`), which names every tensor's place in
+    model.onnx.data     the rotary tables, then the weights (`onnx_layout`)
+    genai_config.json   and config.json, tokenizer, template: as in the source
+
+`--onnx-runtime` names the oldest runtime that must load the folder, which decides the attributes that the graph may have:
+
+    from 1.24   int4 and int8 experts; before it no runtime has blocks, sinks and the window right together (1.23 keeps one key
+                too many in a sliding window, 1.22 has no sinks)
+    from 1.31   layers that slide keep only their window (an attribute since 1.29, a genai_config key since genai 0.18)
+    from 1.32   MXFP4 experts, the release's own bytes; older runtimes refuse them
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gptoss_convert.convert.genai_config import genai_config
+from gptoss_convert.convert.names import is_expert_matrix
+from gptoss_convert.convert.onnx_graph import build
+from gptoss_convert.convert.onnx_layout import (
+    DATA_FILE,
+    DENSE,
+    EXPERTS,
+    MODEL_FILE,
+    Variant,
+    cache_tensors,
+    homes,
+    placed,
+    yarn,
+)
+from gptoss_convert.convert.plan import OutFile, Place, Plan
+from gptoss_convert.convert.source import Source
+from gptoss_convert.convert.source_safetensors import INDEX
+from gptoss_convert.convert.target_safetensors import plan_bf16
+from gptoss_convert.errors import UsageError
+from gptoss_convert.formats.onnx import model_bytes
+from gptoss_convert.kernels.rotary import tables
+
+AUTO = "auto"
+NEWEST, OLDEST = (1, 32), (1, 24)
+WINDOW_CACHE, MXFP4 = (1, 31), (1, 32)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for; "auto": what loses nothing, and for embedding, router and head what `dense` says as the builder does."""
+
+    experts: str = AUTO
+    dense: str = AUTO
+    embedding: str = AUTO
+    router: str = AUTO
+    head: str = AUTO
+    runtime: str | None = None
+
+
+def plan_onnx(source: Source, wanted: Wanted) -> Plan:
+    """The plan of an ONNX folder."""
+    config = source.config
+    variant = choose_variant(source, wanted)
+    found = homes(config, variant)
+    slots = {name: list(home.slots) for name, home in found.items()}
+    version = ".".join(map(str, _version(wanted.runtime)))
+    plan = Plan("onnx", source, {**vars(variant), "onnx_runtime": version}, slots)
+    tensors = placed(config, found)
+    names = {tensor.name for tensor in cache_tensors(config)}
+    plan.places = {t.name: Place(0, t.offset, t.nbytes) for t in tensors if t.name not in names}
+    cosines, sines = tables(yarn(config), config.max_positions)
+    between = cache_tensors(config)[1].offset - len(cosines)
+    plan.files = [OutFile(DATA_FILE, cosines + bytes(between) + sines, max(t.offset + t.nbytes for t in tensors))]
+    plan.small = {MODEL_FILE: model_bytes(build(config, variant, tensors), DATA_FILE)}
+    base = plan_bf16(source)
+    plan.small |= {name: data for name, data in base.small.items() if name != INDEX}
+    plan.small["genai_config.json"], notes = genai_config(source, variant)
+    plan.notes = [*base.notes, *notes, f"for ONNX Runtime {version} or later", *_notes(variant)]
+    return plan
+
+
+def choose_variant(source: Source, wanted: Wanted) -> Variant:
+    """The variant for these wishes; UsageError for what does not exist or what the runtime would not load."""
+    version = _version(wanted.runtime)
+    packed = all(view.encoding == "mxfp4" for name, view in source.views.items() if is_expert_matrix(name))
+    experts = wanted.experts
+    if experts == AUTO:
+        if not packed:
+            raise UsageError(
+                "ONNX has no form of these experts that loses nothing", found="experts that are not MXFP4",
+                remedy="say what to round them to: --experts mxfp4, int8 or int4",
+            )  # fmt: skip
+        experts = "mxfp4" if version >= MXFP4 else "int8"
+    dense = "f32" if wanted.dense == AUTO else wanted.dense
+    chosen = Variant(
+        experts, dense,
+        router=dense if wanted.router == AUTO else wanted.router,
+        embedding="f32" if wanted.embedding == AUTO else wanted.embedding,
+        head=dense if wanted.head == AUTO else wanted.head,
+        window_cache=version >= WINDOW_CACHE,
+    )  # fmt: skip
+    _check("--experts", experts, EXPERTS)
+    for option, part in (("dense", "attention"), ("router", "router"), ("embedding", "embedding"), ("head", "head")):
+        _check(f"--{option}", getattr(chosen, part), DENSE)
+    if experts == "mxfp4" and version < MXFP4:
+        raise UsageError(
+            "no ONNX Runtime before 1.32 reads MXFP4 experts on a processor", found=f"--onnx-runtime {wanted.runtime}",
+            remedy="--experts int8 holds every MXFP4 value exactly",
+        )  # fmt: skip
+    return chosen
+
+
+def _check(option: str, asked: str, known: tuple[str, ...]) -> None:
+    if asked not in known:
+        raise UsageError(f"{option} cannot be {asked} in ONNX", expected=", ".join((AUTO, *known)))
+
+
+def _version(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return NEWEST
+    match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d{1,6})?", text)
+    if match is None:
+        raise UsageError("--onnx-runtime is not a version", found=text, expected="such as 1.28")
+    version = (int(match[1]), int(match[2]))
+    if version < OLDEST:
+        raise UsageError(
+            "this ONNX Runtime cannot compute gpt-oss rightly", found=text, expected="1.24 or later",
+            remedy="1.23 keeps one key too many in a sliding window, 1.22 has no attention sinks: take a later one",
+        )  # fmt: skip
+    return min(version, NEWEST)
+
+
+def _notes(variant: Variant) -> list[str]:
+    notes = []
+    if variant.experts == "mxfp4":
+        notes.append("MXFP4 experts: correct on every processor, and very slow on those without AVX-512")
+    if variant.experts == "int8":
+        notes.append(
+            "ONNX Runtime from 1.31 on rounds the activations of int8 experts to int8, unless "
+            "ORT_QMOE_CPU_QNBIT_GEMM=0 is set in its environment"
+        )
+    if {"int4", "int8"} & {variant.attention, variant.router, variant.head}:
+        notes.append("ONNX Runtime rounds the activations of integer matrices to int8 (accuracy_level 4)")
+    return notes
