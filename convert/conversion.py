@@ -209,8 +209,8 @@ def _check_gguf_name(target: Path, options: Options) -> None:
         raise UsageError("a GGUF's name ends in .gguf", found=target.name, remedy=f"name it {target.name}.gguf")
 
 
-_OF_GGUF = {"type": "gguf", "recipe": "gguf", "widen": "gguf", "name": "gguf"}
-_OF_BOTH = {"experts": "gguf or onnx", "dense": "gguf or onnx"}
+_OF_GGUF = {"type": "gguf", "recipe": "gguf", "widen": "gguf"}
+_OF_BOTH = {"experts": "gguf or onnx", "dense": "gguf or onnx", "name": "gguf or onnx"}
 _OF_ONNX = {"embedding": "onnx", "router": "onnx", "head": "onnx", "onnx_runtime": "onnx"}
 
 
@@ -227,7 +227,9 @@ def _wanted(options: Options) -> Wanted:
         raise UsageError("ONNX's integers are rounded by fixed rules", found=f"--method {options.rounding.method}")
     if options.split_bytes is not None:
         raise UsageError("ONNX has one data file", found="--split-size", remedy="leave --split-size out")
-    return Wanted(options.experts, options.dense, options.embedding, options.router, options.head, options.onnx_runtime)
+    return Wanted(
+        options.experts, options.dense, options.embedding, options.router, options.head, options.onnx_runtime, options.name
+    )  # fmt: skip
 
 
 def thread_count(plan: Plan, wanted: int) -> int:

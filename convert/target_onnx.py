@@ -3,6 +3,7 @@
     model.onnx          the graph (`onnx_graph`), which names every tensor's place in
     model.onnx.data     the rotary tables, then the weights (`onnx_layout`)
     genai_config.json   and config.json, tokenizer, template: as in the source
+    inference_model.json   where --name gives Foundry Local a name for it
 
 `--onnx-runtime` names the oldest runtime that must load the folder, which decides the attributes that the graph may have:
 
@@ -14,6 +15,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -54,6 +56,7 @@ class Wanted:
     router: str = AUTO
     head: str = AUTO
     runtime: str | None = None
+    name: str | None = None
 
 
 def plan_onnx(source: Source, wanted: Wanted) -> Plan:
@@ -63,7 +66,7 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     found = homes(config, variant)
     slots = {name: list(home.slots) for name, home in found.items()}
     version = ".".join(map(str, _version(wanted.runtime)))
-    plan = Plan("onnx", source, {**vars(variant), "onnx_runtime": version}, slots)
+    plan = Plan("onnx", source, {**vars(variant), "onnx_runtime": version, "name": wanted.name}, slots)
     tensors = placed(config, found)
     names = {tensor.name for tensor in cache_tensors(config)}
     plan.places = {t.name: Place(0, t.offset, t.nbytes) for t in tensors if t.name not in names}
@@ -74,6 +77,9 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     base = plan_bf16(source)
     plan.small |= {name: data for name, data in base.small.items() if name != INDEX}
     plan.small["genai_config.json"], notes = genai_config(source, variant)
+    if wanted.name is not None:
+        card = {"Name": wanted.name, "PromptTemplate": None}  # genai applies the template in the folder
+        plan.small["inference_model.json"] = (json.dumps(card, indent=2) + "\n").encode()
     plan.notes = [*base.notes, *notes, f"for ONNX Runtime {version} or later", *_notes(variant)]
     return plan
 

@@ -10,7 +10,8 @@
     int8_moe   of what MXFP4 can hold 2^(byte − 128), exactly        2 · E2M1 + 128
                of the rest a search (`int_groups`)                   the nearest
 
-The extreme value of a block is held exactly by a signed scale. A column's importance is not looked at: the rules are fixed.
+The extreme value of a block is held exactly by a signed scale. FIXED: the rules that leave the importance of columns out; it is
+only checked. None of these codecs is for calibrated rounding (no grid, no gain), which the ONNX target refuses.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from numba import njit
 
 from gptoss_convert.kernels import mxfp4
 from gptoss_convert.kernels.floats import F32, U8
-from gptoss_convert.kernels.inputs import Unfit, require_finite
+from gptoss_convert.kernels.inputs import Unfit, prepare
 from gptoss_convert.kernels.int_groups import int_encode
 from gptoss_convert.kernels.int_rows import GROUP, join, mxfp4_to_codes, split
 from gptoss_convert.kernels.mxfp4 import HALF_SCALE
 
 INT4, INT8 = (4, GROUP // 2), (4, GROUP)  # bytes of a block's scale and codes
+FIXED = ("int4_mm", "int8_mm", "int4_moe")
 LEAST = np.float32(2.0**-23)  # the builder's scale of a block that has none worth the name
 _F16_MAX = np.float32(65504)
 
@@ -54,20 +56,19 @@ def _scaled(scales: U8, codes: U8, zero: int) -> F32:
 
 def int4_mm_encode(values: F32, importance: F32 | None) -> U8:
     """f32 [R, G·32] → uint8 [R, G·20]."""
-    scales, codes = _runtime(values, 4)
+    scales, codes = _runtime(values, importance, 4)
     return join("int4_mm", scales.view(np.uint8), _pairs(codes))
 
 
 def int8_mm_encode(values: F32, importance: F32 | None) -> U8:
     """f32 [R, G·32] → uint8 [R, G·36]."""
-    scales, codes = _runtime(values, 8)
+    scales, codes = _runtime(values, importance, 8)
     return join("int8_mm", scales.view(np.uint8), codes)
 
 
 def int4_moe_encode(values: F32, importance: F32 | None) -> U8:
     """f32 [R, G·32] → uint8 [R, G·20]; Unfit where float16 cannot hold a scale."""
-    values = np.ascontiguousarray(values, np.float32)
-    require_finite(values)
+    values = prepare(values, importance, GROUP)[0]
     blocks = values.reshape(len(values), -1, GROUP)
     at = np.abs(blocks).argmax(axis=2)[..., None]
     scales = np.take_along_axis(blocks, at, axis=2)[..., 0] / np.float32(-8)
@@ -83,8 +84,7 @@ def int4_moe_encode(values: F32, importance: F32 | None) -> U8:
 
 def int8_moe_encode(values: F32, importance: F32 | None) -> U8:
     """f32 [R, G·32] → uint8 [R, G·36]; a block that MXFP4 can hold becomes what its MXFP4 form becomes."""
-    values = np.ascontiguousarray(values, np.float32)
-    require_finite(values)
+    values = prepare(values, importance, GROUP)[0]
     packed = mxfp4.encode(values)
     held = (mxfp4.decode(*packed) == values).reshape(len(values), -1, GROUP).all(axis=2)
     rows = int8_moe_from_mxfp4(*packed)
@@ -106,9 +106,8 @@ def _pairs(codes: U8) -> U8:
     return np.ascontiguousarray(codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4)))
 
 
-def _runtime(values: F32, bits: int) -> tuple[F32, U8]:
-    values = np.ascontiguousarray(values, np.float32)
-    require_finite(values)
+def _runtime(values: F32, importance: F32 | None, bits: int) -> tuple[F32, U8]:
+    values = prepare(values, importance, GROUP)[0]
     blocks = values.reshape(-1, GROUP)
     scales, codes = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.uint8)
     _runtime_rule(blocks, np.float32(2 ** (bits - 1)), scales, codes)

@@ -89,7 +89,7 @@ class Widen(click.ParamType[str]):
 )
 @click.option("--split-size", type=Size(), help="Divide the output into files of at most this much tensor data: 4GB.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
-@click.option("--name", help="GGUF: general.name, such as my-org/my-finetune-20B.")
+@click.option("--name", help="GGUF: general.name, such as my-org/my-finetune-20B. ONNX: the name in Foundry Local.")
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="Folder with tokenizer and template, if SRC has none."
 )

@@ -91,6 +91,15 @@ def test_an_old_runtime_gets_none_of_the_newer_attributes(folders: dict[str, Pat
     assert "sliding_window" not in config
 
 
+def test_a_name_makes_the_folder_one_that_foundry_local_finds(hf_folder: Path, tmp_path: Path, convert: Any) -> None:
+    convert(hf_folder, tmp_path / "onnx", "onnx", name="my-model")
+    table = json.loads((tmp_path / "onnx" / "inference_model.json").read_text())
+    assert table == {"Name": "my-model", "PromptTemplate": None}
+    assert not (tmp_path / "onnx" / "download.tmp").exists()
+    search = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert search["search"]["max_length"] == search["model"]["context_length"] == SMALL.max_position
+
+
 # --- and back ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from gptoss_convert.kernels import gain
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.grids import get_codes, grid
 
+ONNX = ("int4_mm", "int8_mm", "int4_moe", "int8_moe")  # rounded by fixed rules
 TYPES = [
     name
     for name, codec in CODECS.items()
-    if codec.encode is not None and name not in ("mxfp4", "nvfp4", "int8_channel")
+    if codec.encode is not None and name not in ("mxfp4", "nvfp4", "int8_channel", *ONNX)
 ]
 
 

@@ -28,7 +28,8 @@ def test_every_codec_that_rounds_values_one_by_one_has_a_grid() -> None:
     lattices = {"iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
     rounding = {name for name, codec in CODECS.items() if codec.encode is not None}
     assert lattices <= rounding
-    assert set(WITH_GRID) == rounding - lattices - {"int8_channel"}
+    onnx = {"int4_mm", "int8_mm", "int4_moe", "int8_moe"}  # rounded by fixed rules
+    assert set(WITH_GRID) == rounding - lattices - {"int8_channel"} - onnx
 
 
 @pytest.mark.parametrize("name", WITH_GRID)
