@@ -21,6 +21,7 @@ from gptoss_convert.convert.onnx_layout import (
     MODEL_FILE,
     SINES,
     Home,
+    Variant,
     cache_tensors,
     homes,
     placed,
@@ -99,6 +100,12 @@ def open_onnx(folder: Path) -> Source:
     source.companions = collect_companions(folder)
     source.check_shapes()
     return source
+
+
+def variant_of(folder: Path) -> Variant:
+    """The variant of a folder of ours, from its graph alone."""
+    with SourceFile(resolve_inside(folder, MODEL_FILE), MODEL_FILE) as file:
+        return read_variant(read_header(file).metadata.get(METADATA), file.path)
 
 
 def _view(home: Home, at: Mapping[str, Tensor], stack: Stack, data: SourceFile) -> View:

@@ -84,6 +84,13 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     return plan
 
 
+def oldest_runtime(variant: Variant) -> tuple[int, int]:
+    """The oldest ONNX Runtime that loads and rightly computes a variant."""
+    if variant.experts == "mxfp4":
+        return MXFP4
+    return WINDOW_CACHE if variant.window_cache else OLDEST
+
+
 def choose_variant(source: Source, wanted: Wanted) -> Variant:
     """The variant for these wishes; UsageError for what does not exist or what the runtime would not load."""
     version = _version(wanted.runtime)

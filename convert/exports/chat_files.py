@@ -33,9 +33,10 @@ _BYTES = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 @dataclass
 class ChatFiles:
-    """replaced: small files to write in place of the artifact's own, or that it lacks; notes: why."""
+    """replaced: small files to write in place of the artifact's own, or that it lacks; notes: why; ends: token → id."""
 
     table: Mapping[str, Any]  # tokenizer.json
+    ends: Mapping[str, int]
     replaced: dict[str, bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -54,7 +55,7 @@ def require_chat_files(artifact: Artifact, platform: str) -> ChatFiles:
                 f"{platform} cannot hold a conversation with this artifact: it lacks {name}", file=artifact.path, expected=name,
                 remedy="convert again with --tokenizer FOLDER, which holds tokenizer.json, its config and chat_template.jinja",
             )  # fmt: skip
-    made = ChatFiles(parse_json(_small(artifact, TOKENIZER), TOKENIZER))
+    made = ChatFiles(parse_json(_small(artifact, TOKENIZER), TOKENIZER), chat.ends)
     if (defaults := generation_config(artifact, chat)) is not None:
         made.replaced[GENERATION] = defaults
         made.notes.append(f"{GENERATION} stops at {', '.join(END_TOKENS)}; the artifact's own is missing or did not")

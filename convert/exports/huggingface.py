@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from gptoss_convert import __version__
 from gptoss_convert.convert.artifact_card import CARD, SOURCE_CARD
 from gptoss_convert.convert.certificate import FOLDER_NAME
-from gptoss_convert.convert.exports.artifact import KINDS, Artifact, as_json
+from gptoss_convert.convert.exports.amended import amended_certificate
+from gptoss_convert.convert.exports.artifact import KINDS, Artifact
 from gptoss_convert.convert.exports.chat import GENERATION, Chat, generation_config, require_chat
 from gptoss_convert.convert.exports.gguf import licence, provenance
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
@@ -81,7 +81,10 @@ def package(artifact: Artifact, request: Request) -> Package:
         made.notes.append(f"{GENERATION} was completed: every end token stops generation")
     matter = card_matter(artifact, request.base_model)
     made.files[CARD] = model_card(artifact, chat, name, matter, made.files, request.quality)
-    made.files |= _amended_certificate(artifact, made)
+    small = {name: data for name, data in made.files.items() if isinstance(data, bytes)}
+    renamed = {n: CARD for n in (LOADING, SOURCE_CARD) if n in made.files and made.files[n] == artifact.files.get(CARD)}
+    if (certificate := amended_certificate(artifact, small, PLATFORM, renamed)) is not None:
+        made.files[FOLDER_NAME] = certificate
     if "base_model" not in matter:
         made.notes.append("the card names no base model: say --base-model OWNER/NAME")
     if "license" not in matter:
@@ -90,27 +93,6 @@ def package(artifact: Artifact, request: Request) -> Package:
         f"hf upload {name} . (in that folder), or gptoss-convert export … --for huggingface --name OWNER/NAME --push"
     ]
     return made
-
-
-def _amended_certificate(artifact: Artifact, made: Package) -> dict[str, bytes | Path]:
-    """The certificate of a folder with the card and what else was written here among its files, so that it stays true of it."""
-    name, document = artifact.certificate_name, artifact.certificate
-    if document is None or name != FOLDER_NAME:
-        return {}
-    listed = {file["name"]: file for file in document["artifact"]["files"]}
-    for other in (LOADING, SOURCE_CARD):
-        if CARD in listed and made.files.get(other) == artifact.files.get(CARD):
-            listed[other] = {**listed[CARD], "name": other}
-    for other, data in made.files.items():
-        if isinstance(data, bytes):
-            listed[other] = {"name": other, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    written = ", ".join(sorted(other for other, data in made.files.items() if isinstance(data, bytes)))
-    notes = [*document["artifact"].get("notes", []), f"{written}: written by export --for {PLATFORM}, after the proof"]
-    table = {
-        **document,
-        "artifact": {**document["artifact"], "files": [listed[n] for n in sorted(listed)], "notes": notes},
-    }
-    return {name: as_json(table)}
 
 
 def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:

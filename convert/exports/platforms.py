@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptoss_convert.convert.exports import (
     azureml,
     bedrock,
+    foundry_local,
     huggingface,
     llama_cpp,
     lmstudio,
@@ -18,6 +19,7 @@ PLATFORMS: dict[str, Export] = {
     "sagemaker": sagemaker.package,
     "bedrock": bedrock.package,
     "azureml": azureml.package,
+    "foundry-local": foundry_local.package,
     "llama.cpp": llama_cpp.package,
     "ollama": ollama.package,
     "lmstudio": lmstudio.package,

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     "platform",
     required=True,
     metavar="PLATFORM",
-    help="sagemaker, bedrock, azureml, llama.cpp, ollama, lmstudio, northflank or huggingface.",
+    help="sagemaker, bedrock, azureml, foundry-local, llama.cpp, ollama, lmstudio, northflank or huggingface.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--name", help="What the deployment, or the repository (OWNER/NAME), is called.")
 @click.option("--instance", metavar="TYPE", help="Machine type, as the platform calls it.")
 @click.option("--image", help="Container image, in place of the platform's own.")
-@click.option("--engine", help="sagemaker: lmi or vllm; azureml: vllm or mlflow.")
+@click.option(
+    "--engine", help="sagemaker: lmi or vllm; azureml: vllm or mlflow; foundry-local: its ONNX Runtime, such as 1.31."
+)
 @click.option("--bucket", metavar="s3://BUCKET/PREFIX", help="Where the model will lie.")
 @click.option("--role", metavar="ARN", help="The execution role.")
 @click.option("--region", help="AWS region.")

@@ -1,0 +1,208 @@
+"""Foundry Local: an ONNX folder as its cache of models has them, loadable by the ONNX Runtime that is inside it.
+
+    local/NAME-VERSION/vVERSION/    what `foundry cache location` names has such folders; a scan finds them by
+        genai_config.json           … and
+        inference_model.json        … with a name; prompts are rendered by the template in the folder
+        model.onnx, model.onnx.data, config.json, tokenizer, template, certificate
+
+Foundry Local has an ONNX Runtime of its own and takes no other: an artifact that it does not load is refused here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.certificate import FOLDER_NAME
+from gptoss_convert.convert.exports.amended import amended_certificate
+from gptoss_convert.convert.exports.artifact import Artifact, as_json
+from gptoss_convert.convert.exports.chat_files import ChatFiles, require_chat_files
+from gptoss_convert.convert.exports.gguf import TEMPERATURE, TOP_K, TOP_P, provenance, served_context
+from gptoss_convert.convert.exports.memory import CONTEXTS
+from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
+from gptoss_convert.convert.exports.words import paragraph, size, table
+from gptoss_convert.convert.onnx_layout import Variant
+from gptoss_convert.convert.source_onnx import variant_of
+from gptoss_convert.convert.target_onnx import oldest_runtime
+from gptoss_convert.errors import BadInput, Refused, UsageError
+from gptoss_convert.formats.files import parse_json
+
+PLATFORM = "foundry-local"
+GENAI, CARD = "genai_config.json", "inference_model.json"
+RUNTIMES = {(1, 31): "SDK 2.2.1", (1, 28): "the SDK's sources of August 2026", (1, 26): "command line 0.10.3"}
+"""ONNX Runtime → what of Foundry Local has it; read in the SDK's wheel, its repository, and a report of the command line's."""
+DEFAULT = (1, 31)
+PREFILL = 512  # tokens: of a longer prompt onnxruntime-genai would hold the logits of every position at once
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,9})?"
+_F32 = 4
+_CHANNELS = (
+    "Foundry Local's library knows nothing of harmony's channels: its answers may have `<|channel|>analysis` and the like in "
+    "their text, and the application must part them"
+)
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    version: int
+
+    @property
+    def folder(self) -> str:
+        return f"local/{self.name}-{self.version}/v{self.version}/"
+
+
+def package(artifact: Artifact, request: Request) -> Package:
+    """The cache's folder of one model, and README.md."""
+    request.only(PLATFORM, {"name", "context", "engine"})
+    require_kind(artifact, PLATFORM, ("onnx",), _remedy(DEFAULT), "it loads ONNX")
+    variant = variant_of(artifact.path)
+    _require_loadable(artifact, variant, _runtime(request.engine))
+    chat = require_chat_files(artifact, PLATFORM)
+    context, model = served_context(artifact, request), _model(artifact, request, variant)
+    made = Package(notes=[*chat.notes])
+    inside: dict[str, bytes] = {
+        GENAI: _genai_config(artifact, chat, context, made),
+        CARD: as_json({"Name": f"{model.name}:{model.version}", "PromptTemplate": None}),
+        **chat.replaced,
+    }
+    made.copy(artifact, model.folder)
+    made.files |= {model.folder + name: data for name, data in inside.items()}
+    if (certificate := amended_certificate(artifact, inside, PLATFORM)) is not None:
+        made.files[model.folder + FOLDER_NAME] = certificate
+    made.files["README.md"] = _readme(artifact, variant, model, context)
+    made.notes += [*_notes(variant), _CHANNELS]
+    made.first_steps = [
+        "foundry cache location",
+        "copy the folder local into what that names",
+        "foundry cache list",
+        f"foundry model run {model.name}",
+    ]
+    return made
+
+
+def kv_cache(config: ModelConfig, variant: Variant, context: int) -> int:
+    """Bytes of keys and values in f32, which onnxruntime-genai allocates for all of `context` at once."""
+    window = min(config.sliding_window, context) if variant.window_cache else context
+    a_token = 2 * config.kv_rows * _F32
+    return a_token * sum(window if slides else context for slides in config.sliding)
+
+
+def logits(config: ModelConfig) -> int:
+    """Bytes of the logits of one piece of a prompt, in f32."""
+    return PREFILL * config.vocab * _F32
+
+
+def _runtime(engine: str | None) -> tuple[int, int]:
+    """The ONNX Runtime for which the folder is."""
+    if engine is None:
+        return DEFAULT
+    major, _, minor = engine.partition(".")
+    if not (major.isdecimal() and minor.isdecimal() and len(engine) < 9):
+        raise UsageError(
+            "--engine of foundry-local is the ONNX Runtime inside it", found=engine,
+            expected="; ".join(f"{_text(version)} ({what})" for version, what in RUNTIMES.items()) + "; or a later one",
+        )  # fmt: skip
+    return int(major), int(minor)
+
+
+def _require_loadable(artifact: Artifact, variant: Variant, runtime: tuple[int, int]) -> None:
+    needs = oldest_runtime(variant)
+    if needs <= runtime:
+        return
+    what = RUNTIMES.get(runtime, "--engine")
+    raise Refused(
+        f"Foundry Local with ONNX Runtime {_text(runtime)} ({what}) does not load this folder", file=artifact.path,
+        found=f"experts {variant.experts}, which need ONNX Runtime {_text(needs)}" if variant.experts == "mxfp4"
+        else f"a cache of windows, which needs ONNX Runtime {_text(needs)}",
+        expected=f"what ONNX Runtime {_text(runtime)} loads",
+        remedy=_remedy(runtime) + ", which holds MXFP4 experts exactly as int8; or, of a Foundry Local with a later one, "
+        f"--engine {_text(needs)}",
+    )  # fmt: skip
+
+
+def _remedy(runtime: tuple[int, int]) -> str:
+    return f"gptoss-convert convert SRC DIR --to onnx --onnx-runtime {_text(runtime)}"
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _model(artifact: Artifact, request: Request, variant: Variant) -> _Model:
+    """What Foundry Local calls it: as asked, as the folder says, or by what it is."""
+    name = request.name
+    if name is None and CARD in artifact.files:
+        said = parse_json(artifact.files[CARD].read_bytes(), artifact.files[CARD]).get("Name")
+        name = said if isinstance(said, str) else None
+    if name is None:
+        name = f"{artifact.model}-{variant.experts}-cpu"
+    require_name(name, _NAME, "a model of Foundry Local's", 96)
+    stem, _, version = name.partition(":")
+    return _Model(stem, int(version or 1))
+
+
+def _genai_config(artifact: Artifact, chat: ChatFiles, context: int, made: Package) -> bytes:
+    """genai_config.json with this context, prompts in pieces, OpenAI's sampling, and every end token."""
+    place = artifact.files[GENAI]
+    document = parse_json(place.read_bytes(), place)
+    model, search = (document.get(part) for part in ("model", "search"))
+    if not isinstance(model, dict) or not isinstance(search, dict) or model.get("type") != "gptoss":
+        raise BadInput(
+            "not a genai_config.json of gpt-oss", file=place, expected='"model" of type gptoss, and "search"',
+            remedy="convert again",
+        )  # fmt: skip
+    ends = model.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    missing = [index for index in chat.ends.values() if index not in listed]
+    if missing:
+        model["eos_token_id"] = [*(i for i in listed if i is not None), *missing]
+        made.notes.append(f"{GENAI} was completed: every end token stops generation")
+    search |= {"max_length": context, "chunk_size": PREFILL, "do_sample": True, "temperature": TEMPERATURE}
+    search |= {"top_p": TOP_P, "top_k": TOP_K}
+    return (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
+
+
+def _notes(variant: Variant) -> list[str]:
+    needs = oldest_runtime(variant)
+    older = [f"{what} (ONNX Runtime {_text(version)})" for version, what in RUNTIMES.items() if version < needs]
+    notes = [f"does not load in {' and '.join(older)}; for these {_remedy(min(RUNTIMES))}"] if older else []
+    if variant.experts == "int8":
+        notes.append(
+            "int8 experts: ONNX Runtime from 1.31 on rounds their activations to int8 (of a small random model's logits 1.7 % of "
+            "their spread), unless ORT_QMOE_CPU_QNBIT_GEMM=0 is in the environment; before 1.31 it does not"
+        )
+    return notes
+
+
+def _readme(artifact: Artifact, variant: Variant, model: _Model, context: int) -> bytes:
+    config = artifact.config
+    parts: Mapping[str, Any] = {
+        part: getattr(variant, part) for part in ("experts", "attention", "router", "embedding", "head")
+    }
+    what = (
+        f"Copy the folder `local` into the folder that `foundry cache location` names; `foundry cache list` then shows "
+        f"`{model.name}`. Or let Foundry Local look here: `foundry cache cd THIS_FOLDER`."
+    )
+    memory = (
+        f"Weights: {size(artifact.weight_bytes)}, mapped from the file; ONNX Runtime makes a copy in its own order of integer "
+        f"experts. Keys and values are f32, and the cache is allocated for `search.max_length` of `{GENAI}` ({context} tokens "
+        f"here) when a conversation begins. A prompt is read {PREFILL} tokens at a time (`search.chunk_size`); the logits of "
+        f"such a piece are {size(logits(config))}."
+    )
+    contexts = sorted({context, *(n for n in CONTEXTS if n <= config.max_positions)})
+    rows = ((n, size(kv_cache(config, variant, n))) for n in contexts)
+    known = (
+        f"Foundry Local itself was not run. ONNX Runtime {_text(oldest_runtime(variant))} or later loads the folder. "
+        f"{_CHANNELS}. Sampling is OpenAI's: temperature 1, nothing cut off."
+    )
+    blocks = [
+        f"# {model.name} for Foundry Local\n", *map(paragraph, provenance(artifact)),
+        f"    foundry cache location\n    cp -r local THAT_FOLDER/\n    foundry model run {model.name}\n", paragraph(what),
+        paragraph("Held as: " + ", ".join(f"{part} {kind}" for part, kind in parts.items()) + "."),
+        "## Memory\n", paragraph(memory), table(("context", "keys and values"), rows, "rr"),
+        "## What is known of it\n", paragraph(known), *map(paragraph, _notes(variant)),
+    ]  # fmt: skip
+    return "\n".join(blocks).encode()
