@@ -6,15 +6,20 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores already: torch's threads would wait in turns
 
+import base64
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import tokenizer
 from support.checkpoints import AWKWARD, SMALL, SQUARE, Model, write_hf
 from support.layouts import written
+from support.template import no_template, official_template
 from support.tokenizer import small_tokenizer
+
+CACHE = Path(__file__).parents[1] / ".cache"
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +68,37 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     small_tokenizer(folder, SMALL.vocab, SMALL.spare_rows)
     return folder
+
+
+@pytest.fixture(scope="session")
+def true_file() -> Path:
+    """The release's tokenizer.json, rebuilt, or a skip."""
+    found = tokenizer.true_tokenizer(CACHE / "tokenizer")
+    if found is None:
+        pytest.skip(tokenizer.no_true_tokenizer)
+    return found
+
+
+@pytest.fixture(scope="session")
+def release_template() -> Path:
+    """The release's chat template, or a skip."""
+    found = official_template(CACHE / "template")
+    if found is None:
+        pytest.skip(no_template)
+    return found
+
+
+@pytest.fixture(scope="session")
+def harmony(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """openai-harmony and its encoding of gpt-oss, the vocabulary from the package that the tokenizer is rebuilt from."""
+    library = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed")
+    folder = tmp_path_factory.mktemp("harmony")
+    ranks = tokenizer.true_ranks(true_file.parent / "js-tiktoken-1.0.21.tgz")
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (folder / "o200k_base.tiktoken").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_ENCODINGS_BASE", str(folder))
+        return library, library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from support import tokenizer as tk
 from tokenizers import Tokenizer
@@ -60,11 +59,8 @@ def test_every_conversation_renders_and_tokenizes(tmp_path: Path) -> None:
         assert small.decode(ids, skip_special_tokens=False) == text
 
 
-def test_with_the_true_tokenizer_it_has_tokens_enough_for_many_chunks() -> None:
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    true = Tokenizer.from_file(str(found))
+def test_with_the_true_tokenizer_it_has_tokens_enough_for_many_chunks(true_file: Path) -> None:
+    true = Tokenizer.from_file(str(true_file))
     counts = Counter(i for conversation in CONVERSATIONS for i in encode(render(conversation, "here"), true))
     assert counts.total() > 80_000
     assert len(counts) > 8_000

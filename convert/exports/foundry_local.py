@@ -42,6 +42,14 @@ _CHANNELS = (
     "Foundry Local's library knows nothing of harmony's channels: its answers may have `<|channel|>analysis` and the like in "
     "their text, and the application must part them"
 )
+_SLASHES = (
+    "onnxruntime-genai's tokenizer (0.14 to 0.18) parts slashes from a line's end before them, where OpenAI's keeps them "
+    "together: a tool's definition in the prompt is the same text in other tokens"
+)
+_RESIDENT = {
+    True: "They stay mapped from the file.",
+    False: "ONNX Runtime 1.26 leaves integer experts mapped from the file; from 1.31 on it copies them into memory, all at once.",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     if (certificate := amended_certificate(artifact, inside, PLATFORM)) is not None:
         made.files[model.folder + FOLDER_NAME] = certificate
     made.files["README.md"] = _readme(artifact, variant, model, context)
-    made.notes += [*_notes(variant), _CHANNELS]
+    made.notes += [*_notes(variant), _CHANNELS, _SLASHES]
     made.first_steps = [
         "foundry cache location",
         "copy the folder local into what that names",
@@ -187,16 +195,15 @@ def _readme(artifact: Artifact, variant: Variant, model: _Model, context: int) -
         f"`{model.name}`. Or let Foundry Local look here: `foundry cache cd THIS_FOLDER`."
     )
     memory = (
-        f"Weights: {size(artifact.weight_bytes)}, mapped from the file; ONNX Runtime makes a copy in its own order of integer "
-        f"experts. Keys and values are f32, and the cache is allocated for `search.max_length` of `{GENAI}` ({context} tokens "
-        f"here) when a conversation begins. A prompt is read {PREFILL} tokens at a time (`search.chunk_size`); the logits of "
-        f"such a piece are {size(logits(config))}."
+        f"Weights: {size(artifact.weight_bytes)}. {_RESIDENT[variant.experts == 'mxfp4']} Keys and values are f32, and their "
+        f"cache is allocated for `search.max_length` of `{GENAI}` ({context} tokens here) when a conversation begins. A prompt "
+        f"is read {PREFILL} tokens at a time (`search.chunk_size`); the logits of such a piece are {size(logits(config))}."
     )
     contexts = sorted({context, *(n for n in CONTEXTS if n <= config.max_positions)})
     rows = ((n, size(kv_cache(config, variant, n))) for n in contexts)
     known = (
         f"Foundry Local itself was not run. ONNX Runtime {_text(oldest_runtime(variant))} or later loads the folder. "
-        f"{_CHANNELS}. Sampling is OpenAI's: temperature 1, nothing cut off."
+        f"{_CHANNELS}. {_SLASHES}. Sampling is OpenAI's: temperature 1, nothing cut off."
     )
     blocks = [
         f"# {model.name} for Foundry Local\n", *map(paragraph, provenance(artifact)),

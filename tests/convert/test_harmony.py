@@ -1,12 +1,10 @@
 """Conversations in the harmony format, judged by the released chat template and by openai-harmony.
 
-The template comes with llama.cpp's sources (`benchmarks.peer` fetches them) and is rendered in transformers' environment;
-openai-harmony is used where it happens to be installed, with the vocabulary rebuilt as the true tokenizer is.
+The template is rendered in transformers' environment; openai-harmony has the vocabulary that the true tokenizer is rebuilt from.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 from collections.abc import Callable
@@ -17,13 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tokenizer as tk
-from support.template import no_template, official_template
 from tokenizers import Tokenizer
 
 from gptoss_convert.convert.harmony import Piece, encode, render
 from gptoss_convert.errors import BadInput
 
-ROOT = Path(__file__).parents[2]
 DATE = "2025-08-05"
 Conversation = dict[str, Any]
 
@@ -146,27 +142,16 @@ def text_of(conversation: Conversation) -> str:
 
 
 @pytest.fixture(scope="module")
-def template() -> Callable[[Conversation], str]:
+def template(release_template: Path) -> Callable[[Conversation], str]:
     """The released template, rendered as for training, on DATE."""
-    found = official_template(ROOT / ".cache" / "template")
-    if found is None:
-        pytest.skip(no_template)
     from transformers.utils import chat_template_utils
 
-    compiled = chat_template_utils._cached_compile_jinja_template(found.read_text())
+    compiled = chat_template_utils._cached_compile_jinja_template(release_template.read_text())
 
     def by_template(conversation: Conversation) -> str:
         return compiled.render(strftime_now=lambda _: DATE, add_generation_prompt=False, **conversation)
 
     return by_template
-
-
-@pytest.fixture(scope="module")
-def true_file() -> Path:
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -326,15 +311,6 @@ def test_harmony_form_is_rendered_as_it_stands() -> None:
     assert text.count("<|return|>") == 1
 
 
-def harmony_library(ranks: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """openai-harmony and its encoding of gpt-oss, or a skip."""
-    library = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed")
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tk.true_ranks(ranks).items())
-    (folder / "o200k_base.tiktoken").write_text("".join(lines))
-    monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", str(folder))
-    return library, library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
-
-
 PREFIXES = {f"first {n}": {"messages": IN_HARMONY["messages"][:n]} for n in range(5, len(IN_HARMONY["messages"]) + 1)}
 CONTENTS: dict[str, Conversation] = {
     "system": {"messages": [message("user", "Hi", recipient="all")], "date": DATE, "reasoning_effort": "high"},
@@ -348,11 +324,8 @@ CONTENTS: dict[str, Conversation] = {
 }
 
 
-def test_harmony_form_is_what_openai_harmony_makes_of_it(
-    true: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = ROOT / ".cache" / "tokenizer" / "js-tiktoken-1.0.21.tgz"
-    library, encoding = harmony_library(package, tmp_path, monkeypatch)
+def test_harmony_form_is_what_openai_harmony_makes_of_it(true: Tokenizer, harmony: tuple[Any, Any]) -> None:
+    library, encoding = harmony
     whole = library.RenderConversationConfig(auto_drop_analysis=False)
     for name, conversation in PREFIXES.items():
         theirs = library.Conversation.from_json(json.dumps(conversation))
@@ -360,11 +333,8 @@ def test_harmony_form_is_what_openai_harmony_makes_of_it(
         assert encode(render(conversation, "here"), true) == ids, name
 
 
-def test_head_messages_are_what_openai_harmony_makes_of_them(
-    true: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = ROOT / ".cache" / "tokenizer" / "js-tiktoken-1.0.21.tgz"
-    library, encoding = harmony_library(package, tmp_path, monkeypatch)
+def test_head_messages_are_what_openai_harmony_makes_of_them(true: Tokenizer, harmony: tuple[Any, Any]) -> None:
+    library, encoding = harmony
     from_content = library.Message.from_role_and_content
     for name, conversation in CONTENTS.items():
         system = library.SystemContent.new()

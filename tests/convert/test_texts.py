@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import tokenizer as tk
 from support.checkpoints import SMALL, Model, write_gguf, write_metal
 from tokenizers import AddedToken, Tokenizer
 
@@ -90,11 +89,10 @@ def test_a_txt_has_the_tokens_of_the_whole_text(
     assert read.kinds == {"text": 1}
 
 
-def test_the_true_tokenizer_gives_the_tokens_of_the_whole_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    true = Tokenizer.from_file(str(found))
+def test_the_true_tokenizer_gives_the_tokens_of_the_whole_text(
+    true_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    true = Tokenizer.from_file(str(true_file))
     monkeypatch.setattr(texts, "_BLOCK", 257)
     (tmp_path / "a.txt").write_bytes(long_text().encode())
     blocks = list(texts._blocks(tmp_path / "a.txt"))

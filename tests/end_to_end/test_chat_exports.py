@@ -1,5 +1,5 @@
-"""A conversation through the exports, token for token: openai-harmony, transformers from the exported folder, llama.cpp from the
-exported GGUF, all with the release's vocabulary and template.
+"""A conversation through the exports, token for token: openai-harmony, transformers from the exported folders, llama.cpp from the
+exported GGUF, onnxruntime-genai from the exported ONNX folders, all with the release's vocabulary and template.
 
 One conversation, with instructions, a tool, a call, its result and an answer, is given to each as its own interface has it. The
 official template and openai-harmony do not agree on everything (convert/harmony.py); here each disagreement is a name with the
@@ -8,7 +8,7 @@ two texts that stand for one another, and applying these to harmony's text must 
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,12 +22,10 @@ from support import tokenizer as tk
 from support.checkpoints import SMALL, Model, write_original
 from support.judges import convert
 from support.llama_server import command_line, post, serve
-from support.template import no_template, official_template
 
 from gptoss_convert.cli import cli
 from gptoss_convert.convert.companions import TEMPLATE
 
-ROOT = Path(__file__).parents[2]
 SPEC = replace(SMALL, layers=1, experts=2, hidden=32, intermediate=32, heads=1, kv_heads=1, vocab=201088)
 SPEC = replace(SPEC, spare_rows=SPEC.vocab - tk.TRUE_TEXT_TOKENS - 21)
 
@@ -60,38 +58,44 @@ DIFFERENCES = {
 others: the empty line after instructions without tools, and the comma after a parameter's default.)"""
 
 
-@pytest.fixture(scope="module")
-def true_file() -> Path:
-    """The release's tokenizer.json."""
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    return found
+ARTIFACTS = {
+    "m.gguf": ("gguf",),
+    "bf16": ("bf16", "--split-size", "20MB"),
+    "int4": ("int4",),
+    "onnx": ("onnx", "--onnx-runtime", "1.26"),
+}
+EXPORTS = [
+    ("llama.cpp", "m.gguf"), ("ollama", "m.gguf"), ("lmstudio", "m.gguf"), ("huggingface", "m.gguf"),
+    ("huggingface", "bf16"), ("huggingface", "int4"), ("huggingface", "onnx"), ("sagemaker", "bf16"), ("bedrock", "bf16"),
+    ("azureml", "bf16"), ("azureml", "int4"), ("northflank", "int4"), ("foundry-local", "onnx"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def exports(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model with the release's tokenizer and template, exported to each platform that carries them here."""
-    template = official_template(ROOT / ".cache" / "template")
-    if template is None:
-        pytest.skip(no_template)
+def exports(true_file: Path, release_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model with the release's tokenizer and template, exported to every platform: what holds its tokenizer."""
     folder = tmp_path_factory.mktemp("chat")
-    write_original(Model(SPEC), folder / "source")
-    copyfile(true_file, folder / "source/tokenizer.json")
+    source = folder / "source"
+    write_original(Model(SPEC), source)
+    copyfile(true_file, source / "tokenizer.json")
     settings = json.dumps(tk.tokenizer_config(tk.TRUE_TEXT_TOKENS), indent=2) + "\n"
-    (folder / "source/tokenizer_config.json").write_text(settings)
-    (folder / "source/special_tokens_map.json").write_text(json.dumps(tk.SPECIAL_TOKENS_MAP))
-    copyfile(template, folder / "source" / TEMPLATE)
-    (folder / "source/generation_config.json").unlink(missing_ok=True)
-    artifacts = {"m.gguf": convert(folder / "source", folder / "m.gguf", "gguf")}
-    artifacts |= {kind: convert(folder / "source", folder / kind, kind) for kind in ("bf16", "int4")}
-    wanted = [("llama.cpp", "m.gguf"), ("ollama", "m.gguf"), ("lmstudio", "m.gguf"), ("huggingface", "m.gguf")]
-    wanted += [("huggingface", "bf16"), ("huggingface", "int4")]
-    found = {"template": template}
-    for platform, artifact in wanted:
-        out = found[f"{platform} {artifact}"] = folder / f"{platform}-{artifact}-out"
-        cli.main(["export", str(artifacts[artifact]), "--for", platform, "--out", str(out)], standalone_mode=False)
+    (source / "tokenizer_config.json").write_text(settings)
+    (source / "special_tokens_map.json").write_text(json.dumps(tk.SPECIAL_TOKENS_MAP))
+    copyfile(release_template, source / TEMPLATE)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    for name, (to, *options) in ARTIFACTS.items():
+        convert(source, folder / name, to, *options)
+    found = {}
+    for platform, artifact in EXPORTS:
+        out = folder / f"{platform}-{artifact}-out"
+        code = cli.main(["export", str(folder / artifact), "--for", platform, "--out", str(out)], standalone_mode=False)
+        assert not code
+        inside = out if artifact.endswith(".gguf") else next(out.rglob("tokenizer.json")).parent
+        found[f"{platform} {artifact}"] = inside
     return found
+
+
+FOLDERS = [f"{platform} {artifact}" for platform, artifact in EXPORTS if not artifact.endswith(".gguf")]
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +104,6 @@ def llama(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     script = exports["llama.cpp m.gguf"] / "server.sh"
     with serve(command_line(script, tmp_path_factory.mktemp("path"), PORT="0", CONTEXT="2048")) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def harmony(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
-    """openai-harmony and its encoding, its vocabulary from the package that the tokenizer is rebuilt from."""
-    library = pytest.importorskip("openai_harmony", reason="openai-harmony is not installed")
-    folder = tmp_path_factory.mktemp("harmony")
-    ranks = tk.true_ranks(true_file.parent / "js-tiktoken-1.0.21.tgz")
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-    (folder / "o200k_base.tiktoken").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_ENCODINGS_BASE", str(folder))
-        yield library, library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 def by_harmony(harmony: tuple[Any, Any], date: str, *, turns: int) -> list[int]:
@@ -159,13 +150,13 @@ def as_chat(turns: int) -> dict[str, Any]:
     return {"messages": [m for part in parts[:turns] for m in part], "tools": [WEATHER]}
 
 
-def by_transformers(folder: Path, turns: int) -> list[int]:
+def by_transformers(folder: Path, turns: int, effort: str = "high") -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = as_chat(turns)
     found = tokenizer.apply_chat_template(
-        chat["messages"], tools=chat["tools"], reasoning_effort="high", add_generation_prompt=True, return_dict=True
+        chat["messages"], tools=chat["tools"], reasoning_effort=effort, add_generation_prompt=True, return_dict=True
     )
     return list(found["input_ids"])
 
@@ -185,8 +176,38 @@ def by_llama(address: str, turns: int) -> list[int]:
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_the_runtimes_of_the_exports_agree(exports: dict[str, Path], llama: str, turns: int) -> None:
     ids = by_transformers(exports["huggingface bf16"], turns)
-    assert by_transformers(exports["huggingface int4"], turns) == ids
+    for name in FOLDERS:
+        assert by_transformers(exports[name], turns) == ids, name
     assert by_llama(llama, turns) == ids
+
+
+@pytest.fixture(scope="module")
+def without_slashes(true_file: Path) -> Any:
+    """The release's tokenizer, but for slashes after a line's end, which it keeps with the signs before them."""
+    from tokenizers import Tokenizer
+
+    text = true_file.read_text()
+    assert text.count(r"+[\\r\\n/]*|") == 1
+    return Tokenizer.from_str(text.replace(r"+[\\r\\n/]*|", r"+[\\r\\n]*|"))
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.endswith("onnx")])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_onnxruntime_genai_renders_the_same_text_and_parts_slashes_from_the_line_before(
+    exports: dict[str, Path], without_slashes: Any, name: str, turns: int
+) -> None:
+    """Its tokenizer has an expression of its own for this; every tool's `{` line and comment shows it."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    tokenizer = og.Tokenizer(og.Model(str(exports[name])))
+    chat = as_chat(turns)
+    text = tokenizer.apply_chat_template(
+        messages=json.dumps(chat["messages"]), tools=json.dumps(chat["tools"]), add_generation_prompt=True
+    )
+    ids = by_transformers(exports[name], turns, "medium")  # it takes no variables of the template
+    assert text == without_slashes.decode(ids, skip_special_tokens=False)
+    found = [int(i) for i in tokenizer.encode(text)]
+    assert found == without_slashes.encode(text).ids
+    assert len(found) == len(ids) + 2, "the brace's line, and the comment after a parameter's line"
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -209,24 +230,29 @@ def test_they_say_what_harmony_says(
     assert (theirs == ids) == (turns == 1)
 
 
-def test_every_export_carries_template_tokenizer_and_end_tokens(exports: dict[str, Path]) -> None:
-    import hashlib
-
-    import gguf
-
-    template = exports["template"].read_bytes()
-    for name, folder in exports.items():
-        if name == "template":
-            continue
-        if name.endswith(".gguf"):
-            (file,) = folder.glob("*.gguf")
-            fields = gguf.GGUFReader(file).fields
-            assert fields["tokenizer.chat_template"].contents().encode() == template
-            assert fields["tokenizer.ggml.eos_token_id"].contents() == 200002
-            kinds = fields["tokenizer.ggml.token_type"].contents()
-            assert {kinds[i] for i in (200002, 200012, 199999)} == {int(gguf.TokenType.CONTROL)}
-            continue
+def test_every_export_carries_template_tokenizer_and_end_tokens(
+    exports: dict[str, Path], release_template: Path
+) -> None:
+    template = release_template.read_bytes()
+    for name in FOLDERS:
+        folder = exports[name]
         assert (folder / TEMPLATE).read_bytes() == template
         assert hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest() == tk.TRUE_SHA256
-        ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-        assert set(ends) == {200002, 200012, 199999}
+        stops = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"]]
+        if name.endswith("onnx"):
+            stops.append(json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"])
+        assert all(set(ends) == {200002, 200012, 199999} for ends in stops), name
+
+
+@pytest.mark.parametrize("platform", [platform for platform, artifact in EXPORTS if artifact.endswith(".gguf")])
+def test_every_gguf_carries_template_and_end_tokens(
+    exports: dict[str, Path], release_template: Path, platform: str
+) -> None:
+    import gguf
+
+    (file,) = exports[f"{platform} m.gguf"].glob("*.gguf")
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.chat_template"].contents().encode() == release_template.read_bytes()
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 200002
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert {kinds[i] for i in (200002, 200012, 199999)} == {int(gguf.TokenType.CONTROL)}

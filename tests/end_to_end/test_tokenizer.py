@@ -50,15 +50,6 @@ def small_llama(gguf_file: Path) -> Iterator[Llama]:
 
 
 @pytest.fixture(scope="module")
-def true_file() -> Path:
-    """The release's tokenizer.json."""
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    return found
-
-
-@pytest.fixture(scope="module")
 def true_gguf(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the release's vocabulary."""
     folder = tmp_path_factory.mktemp("true")
@@ -105,7 +96,7 @@ def test_metal_gives_the_true_tokenizer_but_for_five_special_tokens(
     true_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file holds 16 special tokens of 21 and no names of reserved ones; text tokens and merges come back whole."""
-    ranks = tk.true_ranks(ROOT / ".cache" / "tokenizer" / "js-tiktoken-1.0.21.tgz")
+    ranks = tk.true_ranks(true_file.parent / "js-tiktoken-1.0.21.tgz")
     monkeypatch.setattr(metal, "small_vocabulary", lambda _: tuple(ranks))
     write_metal(Model(TRUE_SPEC), tmp_path / "model.bin")
     folder = convert(tmp_path / "model.bin", tmp_path / "hf", "hf")

@@ -360,13 +360,10 @@ def test_a_layer_of_the_true_shape_is_made_in_seconds_and_has_the_released_size(
 
 
 @pytest.mark.slow
-def test_the_true_tokenizer_is_rebuilt_byte_for_byte() -> None:
+def test_the_true_tokenizer_is_rebuilt_byte_for_byte(true_file: Path) -> None:
     from tokenizers import Tokenizer
 
-    path = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if path is None:
-        pytest.skip(tk.no_true_tokenizer)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == tk.TRUE_SHA256
-    tokenizer = Tokenizer.from_file(str(path))
+    assert hashlib.sha256(true_file.read_bytes()).hexdigest() == tk.TRUE_SHA256
+    tokenizer = Tokenizer.from_file(str(true_file))
     assert tokenizer.encode("Hello, world!").ids == [13225, 11, 2375, 0]
     assert tokenizer.get_vocab_size() == 200019
