@@ -17,11 +17,14 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+import numpy as np
 import pytest
 from support import tokenizer as tk
 from support.checkpoints import SMALL, Model, write_original
 from support.judges import convert
 from support.llama_server import command_line, post, serve
+from support.parrot import parrot
+from tokenizers import Tokenizer
 
 from gptoss_convert.cli import cli
 from gptoss_convert.convert.companions import TEMPLATE
@@ -58,6 +61,8 @@ DIFFERENCES = {
 others: the empty line after instructions without tools, and the comma after a parameter's default.)"""
 
 
+SAID = 'assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city":"Zürich"}<|call|>'
+"""The model of these tests says this after every prompt."""
 ARTIFACTS = {
     "m.gguf": ("gguf",),
     "bf16": ("bf16", "--split-size", "20MB"),
@@ -76,7 +81,7 @@ def exports(true_file: Path, release_template: Path, tmp_path_factory: pytest.Te
     """A tiny model with the release's tokenizer and template, exported to every platform: what holds its tokenizer."""
     folder = tmp_path_factory.mktemp("chat")
     source = folder / "source"
-    write_original(Model(SPEC), source)
+    write_original(parrot(Model(SPEC), Tokenizer.from_file(str(true_file)).encode(SAID).ids), source)
     copyfile(true_file, source / "tokenizer.json")
     settings = json.dumps(tk.tokenizer_config(tk.TRUE_TEXT_TOKENS), indent=2) + "\n"
     (source / "tokenizer_config.json").write_text(settings)
@@ -184,8 +189,6 @@ def test_the_runtimes_of_the_exports_agree(exports: dict[str, Path], llama: str,
 @pytest.fixture(scope="module")
 def without_slashes(true_file: Path) -> Any:
     """The release's tokenizer, but for slashes after a line's end, which it keeps with the signs before them."""
-    from tokenizers import Tokenizer
-
     text = true_file.read_text()
     assert text.count(r"+[\\r\\n/]*|") == 1
     return Tokenizer.from_str(text.replace(r"+[\\r\\n/]*|", r"+[\\r\\n]*|"))
@@ -214,8 +217,6 @@ def test_onnxruntime_genai_renders_the_same_text_and_parts_slashes_from_the_line
 def test_they_say_what_harmony_says(
     exports: dict[str, Path], harmony: tuple[Any, Any], true_file: Path, turns: int
 ) -> None:
-    from tokenizers import Tokenizer
-
     _, encoding = harmony
     theirs = by_harmony(harmony, datetime.now().strftime("%Y-%m-%d"), turns=turns)
     tokenizer = Tokenizer.from_file(str(true_file))
@@ -228,6 +229,43 @@ def test_they_say_what_harmony_says(
     assert text == tokenizer.decode(ids, skip_special_tokens=False)
     assert tokenizer.encode(text).ids == ids
     assert (theirs == ids) == (turns == 1)
+
+
+def test_a_call_that_the_model_makes_arrives_as_one_over_http(exports: dict[str, Path], llama: str) -> None:
+    chat = as_chat(1)
+    reply = post(llama, "/v1/chat/completions", {**chat, "max_tokens": 60})
+    (choice,) = reply["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], call["type"], call["function"]["name"]) == (
+        "tool_calls",
+        "function",
+        "get_weather",
+    )
+    assert json.loads(call["function"]["arguments"]) == {"city": "Zürich"}
+    assert not choice["message"].get("content")
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.endswith("onnx")])
+def test_a_call_that_onnxruntime_genai_generates_is_one_for_harmony(
+    exports: dict[str, Path], harmony: tuple[Any, Any], name: str
+) -> None:
+    """Sampled as genai_config.json has it, up to the token that ends the turn."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    library, encoding = harmony
+    model = og.Model(str(exports[name]))
+    params = og.GeneratorParams(model)
+    if not name.startswith("foundry-local"):
+        params.set_search_options(max_length=2048)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array([by_transformers(exports[name], 1)], np.int32))
+    made: list[int] = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        made += map(int, generator.get_next_tokens())
+    assert encoding.decode(made) == SAID.removeprefix("assistant")
+    (call,) = encoding.parse_messages_from_completion_tokens(made, library.Role.ASSISTANT)
+    assert (call.recipient, call.channel) == ("functions.get_weather", "commentary")
+    assert json.loads(call.content[0].text) == {"city": "Zürich"}
 
 
 def test_every_export_carries_template_tokenizer_and_end_tokens(

@@ -151,7 +151,7 @@ ROUNDED = [
 
 
 @pytest.mark.parametrize("options", ROUNDED, ids=lambda o: " ".join(map(str, o.values())))
-def test_the_runtime_reads_the_values_that_our_reader_reads(
+def test_both_runtimes_read_the_values_that_our_reader_reads(
     made: Callable[..., Path],
     small_model: Model,
     tmp_path: Path,
@@ -166,6 +166,8 @@ def test_the_runtime_reads_the_values_that_our_reader_reads(
     folder = with_float_activations(Path(shutil.copytree(made(**options), tmp_path / "copy")))
     for prefill in (60, 20):
         assert np.abs(logits(folder, IDS, prefill) - expected).max() < 3e-4
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    assert np.abs(genai_logits(folder, IDS, 20) - expected[19:]).max() < 3e-4
 
 
 @pytest.mark.parametrize(
