@@ -26,7 +26,7 @@ from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.exports import chat_files, sagemaker, sagemaker_images, vllm, write
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.progress import silent
-from gptoss_convert.errors import DigestMismatch, Refused, UsageError
+from gptoss_convert.errors import BadInput, DigestMismatch, Refused, UsageError
 
 pytest.importorskip("boto3", reason="boto3 is not installed")
 pytest.importorskip("jsonschema", reason="jsonschema is not installed")
@@ -189,6 +189,30 @@ def test_generation_stops_at_all_three_end_tokens(artifacts: Path, tmp_path: Pat
     assert made["eos_token_id"] == ends
     assert made.get("temperature") == (None if spoil == "missing" else 0.7)
     assert any("generation_config.json stops at" in note for note in found.document["notes"])
+
+
+@pytest.mark.parametrize("ends", [[[1]], {"a": 1}, [{}], "200002"], ids=str)
+def test_end_tokens_that_are_no_numbers_are_replaced(artifacts: Path, tmp_path: Path, ends: Any) -> None:
+    shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
+    (tmp_path / "mxfp4" / "gptoss-certificate.json").unlink()
+    path = tmp_path / "mxfp4" / "generation_config.json"
+    wanted = json.loads(path.read_text())["eos_token_id"]
+    path.write_text(json.dumps({"eos_token_id": ends}))
+    export(tmp_path / "mxfp4", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model" / path.name).read_text())["eos_token_id"] == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"temperature": NaN}', "[]", "", '{"a": 1, "a": 2}'], ids=lambda t: t[:20]
+)
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_small_file_that_is_no_json_is_bad_input(artifacts: Path, tmp_path: Path, name: str, text: str) -> None:
+    shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
+    (tmp_path / "mxfp4" / "gptoss-certificate.json").unlink()
+    (tmp_path / "mxfp4" / name).write_text(text)
+    with pytest.raises(BadInput) as error:
+        export(tmp_path / "mxfp4", tmp_path / "out")
+    assert error.value.file == name
 
 
 def test_the_vllm_container_is_told_all_by_its_environment(artifacts: Path, tmp_path: Path) -> None:
