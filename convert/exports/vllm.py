@@ -20,7 +20,10 @@ from gptoss_convert.errors import Refused, UsageError
 IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"  # the newest release on PyPI and Docker Hub on 2026-11-22
 PORT, HEALTH = 8000, "/health"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "openai")
-_TAGGED = re.compile(r"(?:^|/)vllm-openai:v?(\d+)\.(\d+)(?:\.(\d+))?")
+# The project's own images, and AWS's (image_uri_config of sagemaker-python-sdk): huggingface-vllm's tags begin alike.
+_TAGGED = re.compile(
+    r"(?:^|/)(?:vllm-openai:v?|(?:huggingface-)?vllm:(?=[\d.]+-(?:gpu|transformers)))(\d+)\.(\d+)(?:\.(\d+))?"
+)
 _GROUP = 32
 
 
@@ -60,7 +63,7 @@ def text(version: Version) -> str:
 
 
 def version_of(image: str) -> Version | None:
-    """vLLM's version where an image's name tells it: the project's own images only."""
+    """vLLM's version where an image's name tells it: the project's own images and AWS's."""
     found = _TAGGED.search(image)
     return tuple(int(part or 0) for part in found.groups()) if found else None
 
@@ -92,12 +95,21 @@ def require_served(artifact: Artifact, image: str, platform: str, package: Packa
         )  # fmt: skip
 
 
+def require_context(artifact: Artifact, context: int) -> int:
+    """The context, or UsageError where the model has no such."""
+    if context > artifact.config.max_positions:
+        raise UsageError(
+            "the model has no such context", found=context, expected=f"at most {artifact.config.max_positions}"
+        )
+    return context
+
+
 def arguments(artifact: Artifact, name: str, gpus: int, context: int | None) -> list[str]:
     """What follows `vllm serve FOLDER` for an artifact on this many GPUs."""
     serving = SERVED[artifact.kind]
     found = ["--served-model-name", name, "--host", "0.0.0.0", "--port", str(PORT), *TOOLS, *serving.flags]
     if context is not None:
-        found += ["--max-model-len", str(context)]
+        found += ["--max-model-len", str(require_context(artifact, context))]
     if gpus > 1:
         found += ["--tensor-parallel-size", str(gpus)]
         if experts_apart(artifact.kind, gpus, artifact.config.intermediate):

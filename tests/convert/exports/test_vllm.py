@@ -63,12 +63,18 @@ def test_the_context_is_passed_on(kinds: Kinds) -> None:
         ("docker.io/vllm/vllm-openai:v0.33.0", (0, 33, 0)),
         ("vllm/vllm-openai:v0.9.2", (0, 9, 2)),
         ("mine.azurecr.io/vllm-openai:0.31.0-cu130", (0, 31, 0)),
+        ("763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.29.0-gpu-py312-cu130-ubuntu24.04-sagemaker", (0, 29, 0)),
+        ("a.example/huggingface-vllm:0.29.0-transformers5.15.0-gpu-py312", (0, 29, 0)),
+        ("763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:server-sagemaker-cuda-v2", None),
+        ("mine.azurecr.io/vllm:1.0.0", None),
         ("vllm/vllm-openai:latest", None),
         ("mine.azurecr.io/not-vllm-openai:v0.31.0", None),
         ("mine.azurecr.io/server:v1.2", None),
     ],
 )
-def test_the_version_is_told_by_the_projects_own_images_only(image: str, version: tuple[int, ...] | None) -> None:
+def test_the_version_is_told_by_the_projects_own_images_and_awss_only(
+    image: str, version: tuple[int, ...] | None
+) -> None:
     assert vllm.version_of(image) == version
 
 
