@@ -24,6 +24,10 @@ TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "openai")
 _TAGGED = re.compile(
     r"(?:^|/)(?:vllm-openai:v?|(?:huggingface-)?vllm:(?=[\d.]+-(?:gpu|transformers)))(\d+)\.(\d+)(?:\.(\d+))?"
 )
+# Of what stands in a Dockerfile's FROM and in Northflank's imagePath, whose pattern wants a tag or a digest.
+_IMAGE = re.compile(
+    r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9._-]*|@sha256:[0-9a-f]{64})"
+)
 _GROUP = 32
 
 
@@ -80,8 +84,10 @@ def experts_apart(kind: str, gpus: int, intermediate: int) -> bool:
 
 def require_served(artifact: Artifact, image: str, platform: str, package: Package) -> None:
     """Refuse what vLLM cannot load, in this image or at all; a note where the image does not tell its version."""
-    if re.search(r"\s|['\"\\$`]", image) or not image:
-        raise UsageError("not the name of an image", found=image)
+    if not _IMAGE.fullmatch(image):
+        raise UsageError(
+            "not the name of an image", found=image, expected="[HOST[:PORT]/]REPOSITORY with :TAG or @DIGEST"
+        )
     why = {"gguf": "vLLM has no gpt-oss reader for GGUF", "onnx": "vLLM reads no ONNX"}.get(artifact.kind, "")
     require_kind(artifact, platform, tuple(SERVED), REMEDY, why)
     floor, version = SERVED[artifact.kind].floor, version_of(image)
