@@ -22,7 +22,7 @@ from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.names import GATE_UP, layer_name
 from gptoss_convert.convert.source import Layout, Source, open_source
-from gptoss_convert.errors import Refused
+from gptoss_convert.errors import BadInput, Refused
 from gptoss_convert.formats.files import MAX_JSON_BYTES, parse_json
 from gptoss_convert.formats.tree import walk
 
@@ -124,7 +124,28 @@ def _certificate(path: Path, files: Mapping[str, Path]) -> Mapping[str, Any] | N
     if place is None or place.stat().st_size > MAX_JSON_BYTES:
         return None
     document = parse_json(place.read_bytes(), place)
-    return document if "artifact" in document and "source" in document else None
+    if "artifact" not in document or "source" not in document:
+        return None
+    if not _is_whole(document):
+        raise BadInput(
+            "the certificate is not one that this tool wrote", file=place, found="a part that is missing or of another type",
+            expected="source.official_weights, lost, artifact.files", remedy="convert again, or remove the certificate",
+        )  # fmt: skip
+    return document
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether the parts of a certificate that are read here are there and of their types."""
+    try:
+        source, lost, files = document["source"], document["lost"], document["artifact"]["files"]
+        return (
+            isinstance(source["official_weights"], bool)
+            and isinstance((source.get("template") or {}).get("sha256", ""), str)
+            and isinstance(lost, list | None)
+            and all(isinstance(file["name"], str) and isinstance(file["sha256"], str) for file in files)
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def as_json(document: object) -> bytes:

@@ -72,6 +72,12 @@ def region_of(request: Request) -> str:
     return request.region or DEFAULT_REGION
 
 
+def region_of_image(image: str) -> str | None:
+    """The region of an image in ECR; None of another registry, or of the public one."""
+    found = re.search(r"\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.", image)
+    return found[1] if found else None
+
+
 def deep_learning_image(region: str, name: str) -> str:
     """The address of one of AWS's own images in a region."""
     if region not in REGIONS:
@@ -82,7 +88,12 @@ def deep_learning_image(region: str, name: str) -> str:
     return f"{REGISTRIES.get(region, REGISTRY)}.dkr.ecr.{region}.amazonaws.com/{name}"
 
 
+def is_placeholder(value: str) -> bool:
+    """Whether a value stands for one that was not given."""
+    return value == PLACE_ROLE or value.startswith(f"s3://{PLACE_BUCKET}/")
+
+
 def to_do(uri: str, role: str) -> str | None:
     """A note on what is still to be filled in."""
-    left = [what for what, found in (("the bucket", PLACE_BUCKET in uri), ("the role", role == PLACE_ROLE)) if found]
+    left = [what for what, value in (("the bucket", uri), ("the role", role)) if is_placeholder(value)]
     return f"{' and '.join(left)} in the requests must be replaced: --bucket, --role" if left else None

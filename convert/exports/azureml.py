@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,7 +26,7 @@ from gptoss_convert.convert.exports.chat_files import (
     harmony_vocabulary,
     require_chat_files,
 )
-from gptoss_convert.convert.exports.mlflow_form import add_mlflow, require_mlflow
+from gptoss_convert.convert.exports.mlflow_form import ALL_GPUS, add_mlflow, require_mlflow, table_of
 from gptoss_convert.convert.exports.package import Package, Request, require_name
 from gptoss_convert.errors import Refused, UsageError
 
@@ -53,9 +54,9 @@ MACHINES = {
     "Standard_NC96ads_A100_v4": Machine(4, 80),
     "Standard_ND96asr_v4": Machine(8, 40),
     "Standard_ND96amsr_A100_v4": Machine(8, 80),
-    "Standard_NC4as_T4_v3": Machine(1, 16),
-    "Standard_NC64as_T4_v3": Machine(4, 16),
 }
+_NO_BFLOAT16 = re.compile(r"Standard_(NC\d+as_T4_v3|NC\d+r?s_v3|ND40rs_v2)")  # T4 and V100, as EC2's are left out
+TAGS = {"content": "set by deploy.sh"}
 
 
 def package(artifact: Artifact, request: Request) -> Package:
@@ -101,7 +102,12 @@ def _machine(artifact: Artifact, wish: str | None, made: Package) -> tuple[str, 
         )
     name = wish or enough[0]
     if name not in MACHINES:
-        require_name(name, r"Standard_\w+", "an instance type", 63)
+        require_name(name, r"Standard_[A-Za-z0-9_]+", "an instance type", 63)
+        if _NO_BFLOAT16.fullmatch(name):
+            raise Refused(
+                "the GPUs of this machine have no bfloat16", file=artifact.path, found=name,
+                expected="an A100 or later", remedy=f"--instance {enough[0]}",
+            )  # fmt: skip
         made.notes.append(f"{name} is not in the table of machines: one GPU is assumed; else edit deployment.yml")
         return name, Machine(1, 0)
     if name not in enough:
@@ -127,7 +133,7 @@ def _model(artifact: Artifact, name: str, engine: str) -> bytes:
             "name": name, "version": VERSION, "path": "model",
             "type": "mlflow_model" if engine == "mlflow" else "custom_model",
             "description": f"{artifact.model}, weights as {artifact.kind}",
-            "tags": {"kind": artifact.kind, "model": artifact.model, "official_weights": official},
+            "tags": TAGS | {"kind": artifact.kind, "model": artifact.model, "official_weights": official},
         },
     )  # fmt: skip
 
@@ -154,7 +160,7 @@ def _add_environment(made: Package, chat: ChatFiles, name: str, image: str) -> N
     made.files["environment.yml"] = _yaml(
         "environment",
         {
-            "name": f"{name}-vllm", "version": VERSION, "description": f"vLLM: {image}",
+            "name": f"{name}-vllm", "version": VERSION, "description": f"vLLM: {image}", "tags": dict(TAGS),
             "build": {"path": "environment", "dockerfile_path": "Dockerfile"},
             "inference_config": {
                 "liveness_route": route.copy(), "readiness_route": route.copy(),
@@ -165,8 +171,12 @@ def _add_environment(made: Package, chat: ChatFiles, name: str, image: str) -> N
 
 
 def _deployment(artifact: Artifact, name: str, instance: str, serve: list[str] | None) -> bytes:
-    document: dict[str, Any] = {"name": "blue", "endpoint_name": name, "model": f"azureml:{name}:{VERSION}"}
-    if serve is not None:
+    document: dict[str, Any] = {
+        "name": "blue", "endpoint_name": name, "model": f"azureml:{name}:{VERSION}", "tags": dict(TAGS),
+    }  # fmt: skip
+    if serve is None:
+        document["environment_variables"] = dict(ALL_GPUS)
+    else:
         document |= {
             "model_mount_path": MOUNT,
             "environment": f"azureml:{name}-vllm:{VERSION}",
@@ -202,7 +212,7 @@ def _deploy(name: str, engine: str) -> bytes:
 def _request(name: str, engine: str) -> bytes:
     messages = [{"role": "user", "content": "Say hello."}]
     if engine == "mlflow":
-        return as_json({"messages": messages, "max_tokens": 64})
+        return as_json({"input_data": table_of(messages, max_tokens=64)})
     return as_json({"model": name, "messages": messages, "max_tokens": 256})
 
 

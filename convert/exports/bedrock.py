@@ -48,7 +48,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     _require_weights(artifact)
     chat = require_chat_files(artifact, "bedrock")
     made = Package(notes=[*chat.notes])
-    for file in (*artifact.weights, INDEX, *CARRIED):
+    for file in (*_weights(artifact), INDEX, *CARRIED):
         if file in artifact.files:
             made.files[f"model/{file}"] = artifact.files[file]
     made.files |= {f"model/{file}": data for file, data in (_index(artifact, made) | chat.replaced).items()}
@@ -62,7 +62,9 @@ def package(artifact: Artifact, request: Request) -> Package:
         *([todo] if (todo := to_do(uri, role)) else []),
     ]
     made.first_steps = [
-        f"aws s3 sync model {uri} --delete --region {REGION}",
+        "sha256sum --quiet -c SHA256SUMS",
+        f"aws s3 ls {uri} --recursive --region {REGION} (no file may be there that is not in model/: Bedrock reads all)",
+        f"aws s3 sync model {uri} --region {REGION}",
         f"aws bedrock create-model-import-job --region {REGION} --cli-input-json file://create_model_import_job.json",
         f"aws bedrock get-model-import-job --region {REGION} --job-identifier {_job(name)}",
     ]
@@ -80,19 +82,26 @@ def _require_weights(artifact: Artifact) -> None:
             expected="BF16",
             remedy=_TO_BF16,
         )
-    odd = [name for name in artifact.weights if not _SHARD.fullmatch(name)]
+    weights = _weights(artifact)
+    odd = [name for name in weights if not _SHARD.fullmatch(name)]
     if odd or INDEX not in artifact.files:
         raise Refused(
             "bedrock wants numbered shards and their index", file=artifact.path, found=", ".join(odd) or f"no {INDEX}",
             expected=f"model-00001-of-0000N.safetensors and {INDEX}",
             remedy=f"{_TO_BF16} --split-size 5GB, or a smaller size where all of it fits in one file",
         )  # fmt: skip
-    if artifact.weight_bytes >= MAX_BYTES:
+    size = sum(artifact.files[name].stat().st_size for name in weights)
+    if size >= MAX_BYTES:
         raise Refused(
-            "the weights are larger than what bedrock imports", file=artifact.path, found=f"{artifact.weight_bytes} bytes",
+            "the weights are larger than what bedrock imports", file=artifact.path, found=f"{size} bytes",
             expected=f"less than {MAX_BYTES}",
             remedy="sagemaker serves this model as MXFP4: convert --to hf, export --for sagemaker",
         )  # fmt: skip
+
+
+def _weights(artifact: Artifact) -> list[str]:
+    """The files of weights at the top of the folder: below it a download may hold the same model in other layouts."""
+    return [name for name in artifact.weights if "/" not in name]
 
 
 def _index(artifact: Artifact, made: Package) -> dict[str, bytes]:

@@ -14,7 +14,8 @@ from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CON
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.official import official_name_of
 from gptoss_convert.convert.tokens import CONTROL
-from gptoss_convert.errors import BadInput, Refused
+from gptoss_convert.errors import Refused
+from gptoss_convert.formats.files import parse_json
 
 END_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")  # in the order of the release's generation_config.json
 GENERATION = "generation_config.json"
@@ -61,9 +62,10 @@ def generation_config(artifact: Artifact, chat: Chat) -> bytes | None:
     found = artifact.small(GENERATION)
     table: dict[str, Any] = {"do_sample": True}
     if found is not None:
-        table = _object(found, GENERATION)
+        table = parse_json(found, GENERATION)
         ends = table.get("eos_token_id")
-        if set(chat.ends.values()) <= set(ends if isinstance(ends, list) else [ends]):
+        known = ends if isinstance(ends, list) else [ends]
+        if all(end in known for end in chat.ends.values()):
             return None
     made = {"bos_token_id": None, **table, "eos_token_id": list(chat.ends.values())}
     made = {key: value for key, value in made.items() if value is not None}
@@ -74,7 +76,7 @@ def _template(artifact: Artifact) -> bytes | None:
     if (template := artifact.small(TEMPLATE)) is not None:
         return template
     settings = artifact.small(TOKENIZER_CONFIG)
-    inner = None if settings is None else _object(settings, TOKENIZER_CONFIG).get("chat_template")
+    inner = None if settings is None else parse_json(settings, TOKENIZER_CONFIG).get("chat_template")
     return inner.encode() if isinstance(inner, str) else None
 
 
@@ -95,7 +97,7 @@ def _folder_tokens(artifact: Artifact, platform: str) -> dict[str, int]:
     tokenizer = artifact.small(TOKENIZER)
     if tokenizer is None:
         raise _missing(artifact, platform, TOKENIZER)
-    added = _object(tokenizer, TOKENIZER).get("added_tokens")
+    added = parse_json(tokenizer, TOKENIZER).get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     return {
         e["content"]: e["id"] for e in entries if isinstance(e.get("content"), str) and isinstance(e.get("id"), int)
@@ -120,13 +122,3 @@ def _missing(artifact: Artifact, platform: str, what: str) -> Refused:
         expected="tokenizer, chat template and the end tokens " + ", ".join(END_TOKENS),
         remedy="gptoss-convert convert SRC OUT --to … --tokenizer FOLDER, a folder with the release's tokenizer and template",
     )  # fmt: skip
-
-
-def _object(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise BadInput("a file of the artifact is not JSON", file=name, found=error) from error
-    if not isinstance(found, dict):
-        raise BadInput("a file of the artifact is not a JSON object", file=name, found=type(found).__name__)
-    return found

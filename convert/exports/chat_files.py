@@ -56,11 +56,11 @@ def require_chat_files(artifact: Artifact, platform: str) -> ChatFiles:
                 remedy="convert again with --tokenizer FOLDER, which holds tokenizer.json, its config and chat_template.jinja",
             )  # fmt: skip
     made = ChatFiles(parse_json(_small(artifact, TOKENIZER), TOKENIZER), chat.ends)
+    settings = parse_json(_small(artifact, TOKENIZER_CONFIG), TOKENIZER_CONFIG)
     if (defaults := generation_config(artifact, chat)) is not None:
         made.replaced[GENERATION] = defaults
         made.notes.append(f"{GENERATION} stops at {', '.join(END_TOKENS)}; the artifact's own is missing or did not")
     if SPECIALS not in artifact.files:
-        settings = parse_json(_small(artifact, TOKENIZER_CONFIG), TOKENIZER_CONFIG)
         roles = {f"{role}_token": settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
         made.replaced[SPECIALS] = as_json({key: text for key, text in roles.items() if text is not None})
         made.notes.append(f"{SPECIALS} is made from {TOKENIZER_CONFIG}; the artifact has none")

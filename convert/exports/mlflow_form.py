@@ -6,7 +6,6 @@ bf16 and MXFP4. The folder answers chats (`inference_task: llm/v1/chat`) through
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import yaml
@@ -24,6 +23,7 @@ PYTHON = "3.12"
 PACKAGES = ("mlflow==3.17.2", "transformers==5.23.0", "torch==2.13.0", "accelerate==1.15.0", "kernels>=0.18.2,<0.19")
 BELOW = "model/"  # of the package
 TASK = "llm/v1/chat"
+ALL_GPUS = {"MLFLOW_HUGGINGFACE_USE_DEVICE_MAP": "true"}  # without it mlflow 3.17.2 puts the whole model onto the first
 _TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", TEMPLATE)
 
 
@@ -83,30 +83,16 @@ def _mlmodel(artifact: Artifact) -> dict[str, Any]:
         },
         "metadata": {"task": TASK},
         "mlflow_version": _version("mlflow"),
-        "signature": _signature(),
-    }
+    }  # no signature: Azure's scoring script makes a sample of one when it starts, and knows no arrays, which messages are
 
 
 def _version(package: str) -> str:
     return next(text.partition("==")[2] for text in PACKAGES if text.startswith(f"{package}=="))
 
 
-def _signature() -> dict[str, Any]:
-    """What goes in and comes out: messages, and a completion as OpenAI's interface has it."""
-    text, needed = {"type": "string"}, {"required": True}
-    message = {"type": "object", "properties": {"role": {**text, **needed}, "content": {**text, **needed}}}
-    choice = {"type": "object", "properties": {"index": {"type": "long", **needed}, "message": {**message, **needed}}}
-    inputs = [
-        {"name": "messages", "type": "array", "items": message, **needed},
-        {"name": "max_tokens", "type": "long", "required": False},
-        {"name": "temperature", "type": "double", "required": False},
-    ]
-    outputs = [
-        *({"name": name, "type": "string", **needed} for name in ("id", "object", "model")),
-        {"name": "created", "type": "long", **needed},
-        {"name": "choices", "type": "array", "items": choice, **needed},
-    ]
-    return {"inputs": json.dumps(inputs), "outputs": json.dumps(outputs), "params": None}
+def table_of(messages: list[dict[str, str]], **settings: int | float) -> dict[str, Any]:
+    """A question as a table of one row: the form in which Azure's scoring script hands lists of messages on."""
+    return {"columns": ["messages", *settings], "index": [0], "data": [[messages, *settings.values()]]}
 
 
 def _dump(document: object) -> bytes:

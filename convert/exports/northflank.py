@@ -41,8 +41,11 @@ START = "; ".join(
         "set -euo pipefail",
         'cd "$1"',
         "shift",
-        "until [ -s SHA256SUMS ]; do echo waiting for upload.sh; sleep 10; done",
+        # Its last line, without which it has not arrived whole; upload.sh puts another text there while it is at work.
+        'until tail -n 1 SHA256SUMS 2>/dev/null | grep -q "  upload.sh"; do echo waiting for upload.sh; sleep 10; done',
         'cmp -s SHA256SUMS .checked || { grep -E "  (model|encodings)/" SHA256SUMS | sha256sum --quiet --strict -c -; '
+        "diff <(cut -c67- SHA256SUMS | grep ^model/ | LC_ALL=C sort) <(find model -type f | LC_ALL=C sort) || "
+        "{ echo files of another model: remove what has the mark above; exit 1; }; "
         "cp SHA256SUMS .checked; }",  # not &&, of whose left side the shell's -e takes no notice
         'exec vllm serve "$PWD/model" "$@"',
     )

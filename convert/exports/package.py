@@ -29,13 +29,18 @@ class Request:
     quality: Path | None = None  # a document of compare --json
 
     def only(self, platform: str, known: Collection[str]) -> None:
-        """UsageError for what this platform has no use for."""
+        """UsageError for what this platform has no use for, and for an empty value: it would pass for none given."""
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         for name in given:
             if name not in known:
                 raise UsageError(
                     f"--{name.replace('_', '-')} means nothing for --for {platform}", found=str(getattr(self, name)),
                     expected=", ".join(f"--{n.replace('_', '-')}" for n in sorted(known)) or "no further option",
+                )  # fmt: skip
+            if getattr(self, name) == "":
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is empty", found="''", expected="a value",
+                    remedy="leave the option out for the platform's own",
                 )  # fmt: skip
 
 

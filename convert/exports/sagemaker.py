@@ -17,7 +17,15 @@ from typing import Any
 from gptoss_convert.convert.exports import sagemaker_images as known
 from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
-from gptoss_convert.convert.exports.aws import deep_learning_image, model_uri, region_of, role_arn, to_do
+from gptoss_convert.convert.exports.aws import (
+    deep_learning_image,
+    is_placeholder,
+    model_uri,
+    region_of,
+    region_of_image,
+    role_arn,
+    to_do,
+)
 from gptoss_convert.convert.exports.chat_files import (
     VOCABULARY,
     VOCABULARY_SHA256,
@@ -25,7 +33,7 @@ from gptoss_convert.convert.exports.chat_files import (
     require_chat_files,
 )
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
-from gptoss_convert.convert.exports.vllm import SERVED, text
+from gptoss_convert.convert.exports.vllm import SERVED, require_context, text, version_of, weight_bytes
 from gptoss_convert.errors import Refused, UsageError
 
 OPTIONS = {"name", "instance", "image", "engine", "bucket", "role", "region", "context", "archive"}
@@ -46,6 +54,7 @@ class _Plan:
     uri: str
     role: str
     ami: str | None
+    region: str
 
 
 def package(artifact: Artifact, request: Request) -> Package:
@@ -81,24 +90,36 @@ def _plan(artifact: Artifact, request: Request) -> _Plan:
     if engine not in ENGINES:
         raise UsageError("no such container", found=engine, expected=" or ".join(ENGINES))
     name = require_name(request.name or f"{artifact.model}-{artifact.kind}", _NAME, "a SageMaker endpoint", 63)
-    region = region_of(request)
-    if request.image is None:
-        _require_served(artifact, engine)
-    image = request.image or deep_learning_image(region, known.IMAGES[engine].name)
-    if len(image) > 255 or any(character.isspace() for character in image):
-        raise UsageError("not the address of an image", found=image, expected="at most 255 characters, no spaces")
-    fits = artifact.weight_bytes <= known.SMALL_BYTES
+    image, region = _image(artifact, request, engine)
+    fits = weight_bytes(artifact) <= known.SMALL_BYTES
     instance = request.instance or (known.SMALL_INSTANCE if fits else known.LARGE_INSTANCE)
     _require_room(artifact, instance)
-    context = request.context or min(known.CONTEXT, artifact.config.max_positions)
-    if context > artifact.config.max_positions:
-        raise UsageError(
-            "the model has no such context", found=context, expected=f"at most {artifact.config.max_positions}"
-        )
+    context = require_context(artifact, request.context or min(known.CONTEXT, artifact.config.max_positions))
     return _Plan(
         name, engine, image, instance, 0 if engine == "lmi" else _gpus(instance), context, model_uri(request, name),
-        role_arn(request), None if request.image else known.IMAGES[engine].ami,
+        role_arn(request), None if request.image else known.IMAGES[engine].ami, region,
     )  # fmt: skip
+
+
+def _image(artifact: Artifact, request: Request, engine: str) -> tuple[str, str]:
+    """The container and the region of the endpoint, which is the image's."""
+    region, image = region_of(request), request.image
+    if image is None:
+        _require_served(artifact, engine)
+        return deep_learning_image(region, known.IMAGES[engine].name), region
+    if len(image) > 255 or any(character.isspace() for character in image):
+        raise UsageError("not the address of an image", found=image, expected="at most 255 characters, no spaces")
+    floor, version = SERVED[artifact.kind].floor, version_of(image)
+    if version is not None and version < floor:
+        raise Refused(
+            f"the vLLM of this image does not load {artifact.kind}", file=artifact.path, found=image,
+            expected=f"vLLM {text(floor)} or later",
+            remedy="an image with that vLLM, or MXFP4: gptoss-convert convert SRC DIR --to hf",
+        )  # fmt: skip
+    within = region_of_image(image)
+    if request.region is not None and within not in (None, region):
+        raise UsageError("SageMaker takes images of the endpoint's own region", found=f"{image}, --region {region}")
+    return image, within or region
 
 
 def _require_served(artifact: Artifact, engine: str) -> None:
@@ -117,10 +138,10 @@ def _require_served(artifact: Artifact, engine: str) -> None:
 
 
 def _require_room(artifact: Artifact, instance: str) -> None:
-    room = known.room(instance)
-    if room is not None and artifact.weight_bytes > room:
+    room, size = known.room(instance), weight_bytes(artifact)
+    if room is not None and size > room:
         raise Refused(
-            "the weights do not fit on this machine's GPUs", file=artifact.path, found=f"{artifact.weight_bytes} bytes",
+            "the weights do not fit on this machine's GPUs", file=artifact.path, found=f"{size} bytes",
             expected=f"at most {room} on {instance}, and less with a long context",
             remedy="choose a larger --instance, or a smaller form of the model: --to hf (MXFP4)",
         )  # fmt: skip
@@ -198,7 +219,7 @@ def _template(plan: _Plan, requests: dict[str, dict[str, Any]]) -> dict[str, Any
     return {
         "AWSTemplateFormatVersion": "2010-09-09",
         "Description": f"{plan.name} on a SageMaker endpoint",
-        "Parameters": {n: {"Type": "String", "Default": d, "Description": t} for n, (d, t) in parameters.items()},
+        "Parameters": {n: _parameter(default, what) for n, (default, what) in parameters.items()},
         "Resources": {
             "Model": {
                 "Type": "AWS::SageMaker::Model",
@@ -227,6 +248,12 @@ def _template(plan: _Plan, requests: dict[str, dict[str, Any]]) -> dict[str, Any
     }  # fmt: skip
 
 
+def _parameter(default: str, what: str) -> dict[str, str]:
+    """Without a default where that would be a placeholder: CloudFormation then asks for the value."""
+    made = {"Type": "String", "Description": what}
+    return made if is_placeholder(default) else made | {"Default": default}
+
+
 def _notes(artifact: Artifact, plan: _Plan, request: Request, *, isolated: bool) -> list[str]:
     floor = SERVED[artifact.kind]
     notes = [f"{artifact.kind} needs vLLM {text(floor.floor)} or later ({floor.source})"]
@@ -234,7 +261,9 @@ def _notes(artifact: Artifact, plan: _Plan, request: Request, *, isolated: bool)
         image = known.IMAGES[plan.engine]
         notes.append(f"{image.name} has vLLM {text(image.vllm)}{'' if image.exact else ' or later'} ({image.source})")
     else:
-        notes.append(f"that {plan.image} has it, and starts as --engine {plan.engine} expects, is not checked")
+        starts = f"starts as --engine {plan.engine} expects"
+        has = "" if version_of(plan.image) else "has it, and "
+        notes.append(f"that {plan.image} {has}{starts}, is not checked")
     if isolated:
         notes.append(
             f"no network: {VOCABULARY}, which harmony would download, is made from tokenizer.json and lies beside it"
@@ -255,8 +284,10 @@ def _notes(artifact: Artifact, plan: _Plan, request: Request, *, isolated: bool)
 def _first_steps(plan: _Plan) -> list[str]:
     body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 256}'
     return [
-        "python deploy.py --bucket s3://BUCKET/PREFIX --role ARN (needs boto3 and credentials; endpoints cost by the hour)",
-        f"aws sagemaker-runtime invoke-endpoint --endpoint-name {plan.name} --content-type application/json "
+        f"python deploy.py --bucket s3://BUCKET/PREFIX --role ARN --region {plan.region} (needs boto3 and credentials; "
+        "endpoints cost by the hour)",
+        f"aws sagemaker-runtime invoke-endpoint --region {plan.region} --endpoint-name {plan.name} "
+        "--content-type application/json "
         f"--cli-binary-format raw-in-base64-out --body '{body}' answer.json",
-        f"aws sagemaker delete-endpoint --endpoint-name {plan.name} when it is no longer needed",
+        f"aws sagemaker delete-endpoint --region {plan.region} --endpoint-name {plan.name} when it is no longer needed",
     ]

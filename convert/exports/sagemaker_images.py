@@ -64,8 +64,8 @@ def room(instance: str) -> int | None:
 
 
 def arguments(kind: str, gpus: int, intermediate: int) -> dict[str, Any]:
-    """vLLM's arguments that a kind cannot do without; True: a flag."""
-    made: dict[str, Any] = {}
+    """vLLM's arguments for tool calls, and those that a kind cannot do without; True: a flag."""
+    made: dict[str, Any] = {"enable_auto_tool_choice": True, "tool_call_parser": "openai"}
     if kind in ("int4", "int8-g32"):
         made["moe_backend"] = "humming"  # what "auto" takes instead may leave the experts' biases out
     if experts_apart(kind, gpus, intermediate):

@@ -20,7 +20,14 @@ from gptoss_convert.errors import Refused, UsageError
 IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"  # the newest release on PyPI and Docker Hub on 2026-11-22
 PORT, HEALTH = 8000, "/health"
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "openai")
-_TAGGED = re.compile(r"(?:^|/)vllm-openai:v?(\d+)\.(\d+)(?:\.(\d+))?")
+# The project's own images, and AWS's (image_uri_config of sagemaker-python-sdk): huggingface-vllm's tags begin alike.
+_TAGGED = re.compile(
+    r"(?:^|/)(?:vllm-openai:v?|(?:huggingface-)?vllm:(?=[\d.]+-(?:gpu|transformers)))(\d+)\.(\d+)(?:\.(\d+))?"
+)
+# Of what stands in a Dockerfile's FROM and in Northflank's imagePath, whose pattern wants a tag or a digest.
+_IMAGE = re.compile(
+    r"([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9][a-z0-9._/-]*(:[A-Za-z0-9_][A-Za-z0-9._-]*|@sha256:[0-9a-f]{64})"
+)
 _GROUP = 32
 
 
@@ -60,7 +67,7 @@ def text(version: Version) -> str:
 
 
 def version_of(image: str) -> Version | None:
-    """vLLM's version where an image's name tells it: the project's own images only."""
+    """vLLM's version where an image's name tells it: the project's own images and AWS's."""
     found = _TAGGED.search(image)
     return tuple(int(part or 0) for part in found.groups()) if found else None
 
@@ -77,8 +84,10 @@ def experts_apart(kind: str, gpus: int, intermediate: int) -> bool:
 
 def require_served(artifact: Artifact, image: str, platform: str, package: Package) -> None:
     """Refuse what vLLM cannot load, in this image or at all; a note where the image does not tell its version."""
-    if re.search(r"\s|['\"\\$`]", image) or not image:
-        raise UsageError("not the name of an image", found=image)
+    if not _IMAGE.fullmatch(image):
+        raise UsageError(
+            "not the name of an image", found=image, expected="[HOST[:PORT]/]REPOSITORY with :TAG or @DIGEST"
+        )
     why = {"gguf": "vLLM has no gpt-oss reader for GGUF", "onnx": "vLLM reads no ONNX"}.get(artifact.kind, "")
     require_kind(artifact, platform, tuple(SERVED), REMEDY, why)
     floor, version = SERVED[artifact.kind].floor, version_of(image)
@@ -92,12 +101,21 @@ def require_served(artifact: Artifact, image: str, platform: str, package: Packa
         )  # fmt: skip
 
 
+def require_context(artifact: Artifact, context: int) -> int:
+    """The context, or UsageError where the model has no such."""
+    if context > artifact.config.max_positions:
+        raise UsageError(
+            "the model has no such context", found=context, expected=f"at most {artifact.config.max_positions}"
+        )
+    return context
+
+
 def arguments(artifact: Artifact, name: str, gpus: int, context: int | None) -> list[str]:
     """What follows `vllm serve FOLDER` for an artifact on this many GPUs."""
     serving = SERVED[artifact.kind]
     found = ["--served-model-name", name, "--host", "0.0.0.0", "--port", str(PORT), *TOOLS, *serving.flags]
     if context is not None:
-        found += ["--max-model-len", str(context)]
+        found += ["--max-model-len", str(require_context(artifact, context))]
     if gpus > 1:
         found += ["--tensor-parallel-size", str(gpus)]
         if experts_apart(artifact.kind, gpus, artifact.config.intermediate):

@@ -23,7 +23,7 @@ from gptoss_convert.convert.exports.package import Package, Request
 from gptoss_convert.convert.exports.platforms import PLATFORMS
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.protect import files_read, protect_inputs
-from gptoss_convert.errors import DigestMismatch, UsageError
+from gptoss_convert.errors import BadInput, DigestMismatch, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 
@@ -51,6 +51,7 @@ def export(
     with Output(target, folder=True, overwrite=overwrite, marker=MANIFEST) as output, open_artifact(path) as artifact:
         protect_inputs(target, [path, *files_read(artifact.source), *artifact.files.values()])
         package = PLATFORMS[platform](artifact, request)
+        _require_listable(package, path)
         digests = _write(package, artifact, output, platform, show)
         document = _manifest(package, artifact, platform, digests)
         output.write_small(MANIFEST, as_json(document))
@@ -58,6 +59,17 @@ def export(
         output.write_small(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items())).encode())
         output.publish()
     return Exported(target, document, package.first_steps)
+
+
+def _require_listable(package: Package, path: Path) -> None:
+    """A name that SHA256SUMS or JSON cannot hold on one line, or that is not UTF-8, is refused."""
+    for name, data in package.files.items():
+        for listed in (name, *(data.files if isinstance(data, Archive) else ())):
+            if not listed.isprintable():
+                raise BadInput(
+                    "a file's name cannot stand in a list of digests", file=path, found=listed.encode("unicode_escape").decode(),
+                    expected="printable characters", remedy="rename or remove the file",
+                )  # fmt: skip
 
 
 def _write(
@@ -122,8 +134,8 @@ def _manifest(
         "tool": {"name": "gptoss-convert", "version": __version__},
         "platform": platform,
         "artifact": {
-            "name": artifact.path.name, "kind": artifact.kind, "model": artifact.model, "weight_bytes": artifact.weight_bytes,
-            "certificate": artifact.certificate_name,
+            "name": artifact.path.resolve().name, "kind": artifact.kind, "model": artifact.model,
+            "weight_bytes": artifact.weight_bytes, "certificate": artifact.certificate_name,
             "official_source": None if made is None else made["source"]["official_weights"],
             "lost": None if made is None else made["lost"],
         },

@@ -3,7 +3,13 @@
 set -euo pipefail
 
 root="${MODEL_ROOT:?MODEL_ROOT is not set: where the model is mounted}"
-mapfile -t found < <(find -L "$root" -maxdepth 6 -name config.json -type f)
+found=()
+for depth in 1 2 3 4 5 6; do # the topmost: folders of the model may hold further ones
+  mapfile -t found < <(find -L "$root" -mindepth "$depth" -maxdepth "$depth" -name config.json -type f)
+  if [ "${#found[@]}" -gt 0 ]; then
+    break
+  fi
+done
 if [ "${#found[@]}" -ne 1 ]; then
   echo "serve.sh: ${#found[@]} files config.json below $root, expected one" >&2
   printf '  %s\n' "${found[@]}" >&2

@@ -10,6 +10,7 @@ and credentials, from the environment or ~/.aws. Endpoints cost money by the hou
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -101,7 +102,7 @@ def region_of(requests: dict[str, dict[str, Any]], asked: str | None) -> str:
 
 def digests() -> dict[str, str]:
     """SHA-256 by name, as the export has listed them."""
-    lines = (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    lines = (HERE / "SHA256SUMS").read_text(encoding="utf-8").split("\n")[:-1]
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -125,19 +126,36 @@ def upload(s3: Any, requests: dict[str, dict[str, Any]]) -> None:
         if there(s3, bucket, key, path.stat().st_size, digest):
             print(f"there already  {key}")
             continue
+        if sha256_of(path) != digest:
+            raise Problem(f"{name} is not as it was exported (SHA256SUMS): export again")
         print(f"uploading      {key}")
         s3.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"sha256": digest}})
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
 def there(s3: Any, bucket: str, key: str, size: int, digest: str) -> bool:
-    """Whether an object is there with this size and the digest that an earlier run has written to it."""
+    """Whether an object is there with this size and the digest that an earlier run has written to it.
+
+    Problem where it has another digest: an endpoint may have been made of it, and would load the new file at its next start.
+    """
     try:
         found = s3.head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
             return False
         raise
-    return bool(found["ContentLength"] == size and found["Metadata"].get("sha256") == digest)
+    earlier = found["Metadata"].get("sha256")
+    if earlier not in (None, digest):
+        raise Problem(f"s3://{bucket}/{key} is of another export: choose another prefix and --name, or remove it")
+    return bool(found["ContentLength"] == size and earlier == digest)
 
 
 def create(sagemaker: Any, requests: dict[str, dict[str, Any]], *, wait: bool) -> None:

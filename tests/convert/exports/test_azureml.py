@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,17 +44,19 @@ print(json.dumps(answers))
 """
 MLFLOW = """
 import json, sys
-paths, packages = json.loads(sys.argv[1])
+paths, packages, question = json.loads(sys.argv[1])
 sys.path.append(packages)  # torch and transformers, which the other interpreter does not have
 from mlflow.models import Model
 import mlflow.pyfunc
-question = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 4}
+import io
+import pandas
 answers = []
 for path in paths:
     try:
         model = Model.load(path)
-        answer = mlflow.pyfunc.load_model(path).predict(question)
-        answers.append([sorted(model.flavors), model.signature.to_dict(), answer])
+        table = pandas.read_json(io.StringIO(json.dumps(question)), orient="split", dtype=False)  # as Azure's script does
+        answer = mlflow.pyfunc.load_model(path).predict(table)
+        answers.append([sorted(model.flavors), model.signature, answer])
     except Exception as error:
         answers.append(repr(error))
 print(json.dumps(answers))
@@ -224,6 +228,18 @@ def test_the_entry_point_really_starts_vllm_on_the_mounted_model(packed: Path, t
     assert found[-2:] == ["--moe-backend", "humming"]
 
 
+def test_the_entry_point_takes_the_topmost_config_for_the_models(packed: Path, tmp_path: Path) -> None:
+    environment = stub(tmp_path / "bin", "vllm", 'printf "%s\\n" "$@"\n') | {"MODEL_ROOT": str(tmp_path / "mount")}
+    shutil.copytree(packed / "model", tmp_path / "mount/gpt-oss/1/model")
+    for name in ("assets", "assets/deep"):
+        (tmp_path / "mount/gpt-oss/1/model" / name).mkdir()
+        (tmp_path / "mount/gpt-oss/1/model" / name / "config.json").write_text("{}")
+    found = subprocess.run(
+        [packed / "environment/serve.sh"], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert found == ["serve", str(tmp_path / "mount/gpt-oss/1/model")]
+
+
 @pytest.mark.parametrize("configs", [[], ["a/config.json", "b/config.json"]])
 def test_the_entry_point_says_why_it_cannot_start(packed: Path, tmp_path: Path, configs: list[str]) -> None:
     environment = stub(tmp_path / "bin", "vllm", "exit 0\n") | {"MODEL_ROOT": str(tmp_path / "mount")}
@@ -238,55 +254,129 @@ def test_the_entry_point_says_why_it_cannot_start(packed: Path, tmp_path: Path, 
     assert f"{len(configs)} files config.json" in found.stderr
 
 
+# Remembers what was created, with its tag; a file `state` or `traffic` in its folder says otherwise than Succeeded and 100.
 AZ = """
 printf '%s\\n' "$*" >> "$LOG"
-case " $* " in *" show "*) exit "$KNOWN";; esac
+read -r _ what verb _ <<<"$*"
+told() { if [ -f "$AZURE/$1" ]; then cat "$AZURE/$1"; else echo "$2"; fi; }
+case "$verb" in
+  create)
+    content=$(grep -o 'tags.content=[0-9a-f]*' <<<"$*") || true
+    echo "${content#tags.content=}" > "$AZURE/$what" ;;
+  update) rm "$AZURE/traffic" ;;
+  show)
+    if ! [ -f "$AZURE/$what" ]; then echo "no such $what" >&2; exit 3; fi
+    case "$*" in
+      *tags.content*) cat "$AZURE/$what" ;;
+      *provisioning_state*) told state Succeeded ;;
+      *traffic.blue*) told traffic 100 ;;
+      *scoring_uri*) echo https://address ;;
+    esac ;;
+esac
 """
 
 
-def deploy(folder: Path, tmp_path: Path, known: bool, *arguments: str) -> tuple[int, list[str]]:
-    """The exit status of deploy.sh and what it told az; known: whether az says that everything exists."""
-    log = tmp_path / "log"
+def deploy(folder: Path, tmp_path: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """The exit status of deploy.sh, what it told az, and what it printed; what az has made lies in tmp_path/azure."""
+    log, azure = tmp_path / "log", tmp_path / "azure"
     log.unlink(missing_ok=True)
-    environment = stub(tmp_path / "bin", "az", AZ) | {"LOG": str(log), "KNOWN": str(int(not known))}
-    found = subprocess.run([folder / "deploy.sh", *arguments], env=environment, check=False, capture_output=True)
-    return found.returncode, log.read_text().splitlines() if log.exists() else []
+    azure.mkdir(exist_ok=True)
+    environment = stub(tmp_path / "bin", "az", AZ) | {"LOG": str(log), "AZURE": str(azure)}
+    found = subprocess.run(
+        [folder / "deploy.sh", *(arguments or "sgw")], env=environment, check=False, capture_output=True, text=True
+    )
+    return found.returncode, log.read_text().splitlines() if log.exists() else [], found.stdout + found.stderr
 
 
 WHERE = "--subscription s --resource-group g --workspace-name w"
 
 
 def test_deploy_makes_what_is_missing_in_order_and_leaves_what_is_there(packed: Path, tmp_path: Path) -> None:
-    status, said = deploy(packed, tmp_path, False, "s", "g", "w")
+    status, said, printed = deploy(packed, tmp_path)
+    assert (status, printed) == (0, "https://address\n")
     assert all(line.startswith("ml ") and WHERE in line for line in said)
     made = [line.replace(f" {WHERE}", "") for line in said if " create " in line]
-    assert made == [
-        "ml model create --file model.yml",
-        "ml environment create --file environment.yml",
+    assert [re.sub("[0-9a-f]{32}", "…", line) for line in made] == [
+        "ml model create --file model.yml --set tags.content=…",
+        "ml environment create --file environment.yml --set tags.content=…",
         "ml online-endpoint create --file endpoint.yml",
-        "ml online-deployment create --file deployment.yml --all-traffic",
+        "ml online-deployment create --file deployment.yml --set tags.content=… --all-traffic",
     ]
-    assert status == 1  # the stub knows no endpoint, of which the last line asks the address
-    status, said = deploy(packed, tmp_path, True, "s", "g", "w")
+    status, said, printed = deploy(packed, tmp_path)
+    assert (status, printed) == (0, "https://address\n")
+    assert not [line for line in said if " create " in line or " update " in line]
+    (tmp_path / "azure" / "environment").unlink()
+    assert [line.split()[1] for line in deploy(packed, tmp_path)[1] if " create " in line] == ["environment"]
+
+
+def test_the_tag_that_deploy_sets_is_in_every_asset_that_has_one(packed: Path) -> None:
+    for name in ("model", "environment", "deployment"):
+        assert "content" in read(packed / f"{name}.yml")["tags"]
+
+
+@pytest.mark.parametrize(
+    ("what", "file"),
+    [
+        ("model", "model/chat_template.jinja"),
+        ("environment", "environment/Dockerfile"),
+        ("environment", "environment.yml"),
+        ("online-deployment", "deployment.yml"),
+    ],
+)
+def test_deploy_says_no_to_another_thing_of_the_same_name(packed: Path, tmp_path: Path, what: str, file: str) -> None:
+    assert deploy(packed, tmp_path)[0] == 0
+    other = Path(shutil.copytree(packed, tmp_path / "other"))
+    sums = (other / "SHA256SUMS").read_text()
+    before = hashlib.sha256((other / file).read_bytes()).hexdigest()
+    (other / file).write_text((other / file).read_text() + "\n# another\n")
+    after = hashlib.sha256((other / file).read_bytes()).hexdigest()
+    (other / "SHA256SUMS").write_text(sums.replace(before, after))
+    status, said, printed = deploy(other, tmp_path)
+    assert status == 1
+    assert f"another {what} is called so" in printed
+    assert "https://address" not in printed
+    assert not [line for line in said if " create " in line or " update " in line]
+
+
+def test_deploy_does_not_take_a_failed_or_unfinished_deployment_for_done(packed: Path, tmp_path: Path) -> None:
+    assert deploy(packed, tmp_path)[0] == 0
+    for state in ("Failed", "Creating"):
+        (tmp_path / "azure" / "state").write_text(f"{state}\n")
+        status, _, printed = deploy(packed, tmp_path)
+        assert status == 1
+        assert f"the deployment blue is {state}" in printed
+        assert "https://address" not in printed
+
+
+@pytest.mark.parametrize("traffic", ["0", "", "None"])
+def test_deploy_gives_a_deployment_that_was_left_without_traffic_all_of_it(
+    packed: Path, tmp_path: Path, traffic: str
+) -> None:
+    assert deploy(packed, tmp_path)[0] == 0
+    (tmp_path / "azure" / "traffic").write_text(f"{traffic}\n")
+    status, said, _ = deploy(packed, tmp_path)
     assert status == 0
-    assert not [line for line in said if " create " in line]
-    assert len(said) == 5
+    assert [line for line in said if " update " in line] == [
+        f"ml online-endpoint update --name gpt-oss --traffic blue=100 {WHERE}"
+    ]
+    (tmp_path / "azure" / "traffic").write_text("50\n")  # a person's own division stays
+    assert not [line for line in deploy(packed, tmp_path)[1] if " update " in line]
 
 
 def test_the_mlflow_form_is_deployed_without_an_environment(mlflow_form: Path, tmp_path: Path) -> None:
-    _, said = deploy(mlflow_form, tmp_path, False, "s", "g", "w")
+    status, said, _ = deploy(mlflow_form, tmp_path)
+    assert status == 0
     assert [line.split()[1] for line in said if " create " in line] == ["model", "online-endpoint", "online-deployment"]
     assert not any("environment" in line for line in said)
 
 
 def test_deploy_uploads_nothing_that_is_damaged_and_wants_three_arguments(packed: Path, tmp_path: Path) -> None:
-    assert deploy(packed, tmp_path, True, "s", "g") == (64, [])
+    assert deploy(packed, tmp_path, "s", "g")[:2] == (64, [])
     spoiled = Path(shutil.copytree(packed, tmp_path / "spoiled"))
     (spoiled / "deployment.yml").write_text((packed / "deployment.yml").read_text() + "# mine\n")
-    assert deploy(spoiled, tmp_path, True, "s", "g", "w")[0] == 0  # the settings are the person's to change
+    assert deploy(spoiled, tmp_path)[0] == 0  # the settings are the person's to change
     (spoiled / "model/chat_template.jinja").write_text("another")
-    status, said = deploy(spoiled, tmp_path, True, "s", "g", "w")
-    assert (status, said) == (1, [])
+    assert deploy(spoiled, tmp_path)[:2] == (1, [])
 
 
 def shellcheck(path: Path) -> subprocess.CompletedProcess[str]:
@@ -310,22 +400,22 @@ def test_the_scripts_are_sound_shell(packed: Path, mlflow_form: Path, tmp_path: 
 def test_mlflow_loads_the_folder_and_chats_through_the_template(mlflow_form: Path, kinds: Kinds) -> None:
     python = python_with("mlflow, pandas")
     packages = sysconfig.get_path("purelib")
-    ((flavors, signature, answer),) = run_there(python, MLFLOW, [[str(mlflow_form / "model")], packages])
+    question = json.loads((mlflow_form / "request.json").read_text())["input_data"]
+    question["data"][0][1] = 4  # of max_tokens
+    ((flavors, signature, answer),) = run_there(python, MLFLOW, [[str(mlflow_form / "model")], packages, question])
     assert flavors == ["python_function", "transformers"]
-    assert [entry["name"] for entry in json.loads(signature["inputs"])] == ["messages", "max_tokens", "temperature"]
+    assert signature is None  # Azure's scoring script would make a sample of it, and knows no arrays
     (answer,) = answer
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 4
     tokenizer = AutoTokenizer.from_pretrained(kinds("bf16"))
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello there"}], add_generation_prompt=True, tokenize=False
-    )
+    asked = tokenizer.apply_chat_template(question["data"][0][0], add_generation_prompt=True, tokenize=False)
     assert answer["usage"]["prompt_tokens"] == len(tokenizer(asked)["input_ids"])
 
 
 SPOILED: list[Callable[[dict[str, Any]], Any]] = [
-    lambda d: d["signature"].update(inputs='[{"name": "messages"}]'),
+    lambda d: d.update(signature={"inputs": '[{"name": "messages"}]', "outputs": None, "params": None}),
     lambda d: d["flavors"]["transformers"].update(model_binary="weights"),
     lambda d: d["flavors"]["transformers"].update(components=["tokeniser"]),
     lambda d: d["flavors"]["transformers"].update(task="chat"),
@@ -344,8 +434,22 @@ def test_mlflow_reports_what_is_wrong_in_an_mlmodel(mlflow_form: Path, tmp_path:
         spoil(document)
         (folder / "MLmodel").write_text(yaml.safe_dump(document))
         folders.append(str(folder))
-    answers = run_there(python, MLFLOW, [folders, sysconfig.get_path("purelib")])
+    question = {"columns": ["messages", "max_tokens"], "index": [0], "data": [[[{"role": "user", "content": "Hi"}], 4]]}
+    answers = run_there(python, MLFLOW, [folders, sysconfig.get_path("purelib"), question])
     assert [isinstance(answer, str) for answer in answers] == [False] + [True] * len(SPOILED), answers
+
+
+def test_mlflow_is_told_to_use_all_gpus_of_the_machine(mlflow_form: Path) -> None:
+    assert read(mlflow_form / "deployment.yml")["environment_variables"] == {
+        "MLFLOW_HUGGINGFACE_USE_DEVICE_MAP": "true"
+    }
+    code = (
+        "from mlflow.environment_variables import MLFLOW_HUGGINGFACE_USE_DEVICE_MAP as variable\n"
+        "import json, os\n"
+        "os.environ['MLFLOW_HUGGINGFACE_USE_DEVICE_MAP'] = 'true'\n"
+        "print(json.dumps(variable.get()))\n"
+    )
+    assert run_there(python_with("mlflow, pandas"), code, None) is True
 
 
 def test_the_mlflow_form_lists_what_it_needs(mlflow_form: Path) -> None:
@@ -384,6 +488,10 @@ def test_what_cannot_be_served_is_refused_with_the_remedy(
         {"name": "ab"},
         {"name": "a-model-"},
         {"instance": "ml.g5.xlarge"},
+        {"instance": "Standard_Ünï"},
+        {"context": 131072},
+        {"image": "--platform=linux/arm64"},
+        {"image": "vllm/vllm-openai"},
         {"role": "arn"},
         {"engine": "mlflow", "image": "vllm/vllm-openai:v0.33.0"},
         {"engine": "mlflow", "context": 4096},
@@ -401,7 +509,7 @@ def test_what_means_nothing_here_is_a_usage_error(kinds: Kinds, tmp_path: Path, 
         (65, None, "Standard_NC24ads_A100_v4", 1),
         (75, None, "Standard_NC48ads_A100_v4", 2),
         (234, None, "Standard_NC96ads_A100_v4", 4),
-        (13, "Standard_NC64as_T4_v3", "Standard_NC64as_T4_v3", 4),
+        (13, "Standard_NC80adis_H100_v5", "Standard_NC80adis_H100_v5", 2),
         (13, "Standard_ND96isr_H200_v5", "Standard_ND96isr_H200_v5", 1),
     ],
 )
@@ -416,7 +524,9 @@ def test_the_machine_holds_the_weights_and_vllm_uses_all_its_gpus(
     assert any("one GPU is assumed" in note for note in found.document["notes"]) == (instance not in azureml.MACHINES)
 
 
-@pytest.mark.parametrize(("gb", "wish"), [(13, "Standard_NC4as_T4_v3"), (75, "Standard_NC24ads_A100_v4"), (900, None)])
+@pytest.mark.parametrize(
+    ("gb", "wish"), [(75, "Standard_NC24ads_A100_v4"), (75, "Standard_NC40ads_H100_v5"), (900, None)]
+)
 def test_a_machine_that_is_too_small_is_refused(
     kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gb: int, wish: str | None
 ) -> None:
@@ -424,3 +534,12 @@ def test_a_machine_that_is_too_small_is_refused(
     with pytest.raises(Refused, match=r"too little memory|no machine") as error:
         export(kinds("mxfp4"), tmp_path / "out", instance=wish)
     assert "--instance" in str(error.value.remedy) if wish else "--to" in str(error.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "wish", ["Standard_NC4as_T4_v3", "Standard_NC64as_T4_v3", "Standard_NC24s_v3", "Standard_ND40rs_v2"]
+)
+def test_a_machine_without_bfloat16_is_refused(kinds: Kinds, tmp_path: Path, wish: str) -> None:
+    with pytest.raises(Refused, match="no bfloat16") as error:
+        export(kinds("mxfp4"), tmp_path / "out", instance=wish)
+    assert error.value.remedy == "--instance Standard_NC24ads_A100_v4"

@@ -41,6 +41,8 @@ def test_the_prefix_holds_the_documented_files_and_no_others(sharded: Path, tmp_
     shutil.copytree(sharded, tmp_path / "bf16")
     (tmp_path / "bf16" / "metal").mkdir()
     (tmp_path / "bf16" / "metal" / "model.txt").write_text("not for Bedrock")
+    (tmp_path / "bf16" / "original").mkdir()
+    shutil.copy(next(sharded.glob("*.safetensors")), tmp_path / "bf16" / "original" / "model.safetensors")
     export(tmp_path / "bf16", tmp_path / "out")
     model = tmp_path / "out" / "model"
     found = {path.relative_to(model).as_posix() for path in model.rglob("*")}
@@ -89,6 +91,16 @@ def test_aws_finds_nothing_wrong_with_the_request(sharded: Path, tmp_path: Path,
     assert problems("bedrock", "CreateModelImportJob", request_of(tmp_path / "out")) == []
     assert any("must be replaced" in note for note in found.document["notes"]) == ("role" not in wishes)
     assert any("not established" in note for note in found.document["notes"])
+
+
+def test_no_step_deletes_what_lies_in_the_bucket_already(sharded: Path, tmp_path: Path) -> None:
+    steps = export(sharded, tmp_path / "out", bucket="s3://my-bucket/shared", role=ROLE).first_steps
+    assert not any("delete" in step for step in steps)
+    assert [step.partition(" (")[0] for step in steps[:3]] == [
+        "sha256sum --quiet -c SHA256SUMS",
+        "aws s3 ls s3://my-bucket/shared/ --recursive --region us-east-1",
+        "aws s3 sync model s3://my-bucket/shared/ --region us-east-1",
+    ]
 
 
 PLANTED: list[tuple[str, Any]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -204,7 +205,8 @@ while [ "$#" -gt 0 ]; do
   case "$1" in --localPath) from=$2;; --remotePath) to=$2;; esac
   shift
 done
-cp -r "$from" "$VOLUME${to#/models}"
+cp -rT "$from" "$VOLUME${to#/models}"
+case "$to" in */"$STOP") exit 1;; esac
 """
 
 
@@ -212,7 +214,7 @@ def test_the_service_waits_for_the_upload_checks_it_and_really_starts_vllm(packe
     volume, log = tmp_path / "volume", tmp_path / "log"
     volume.mkdir()
     environment = stubs(tmp_path / "bin", vllm=VLLM, northflank=UPLOAD, sleep="exec /bin/sleep 0.05\n")
-    environment |= {"LOG": str(log), "VOLUME": str(volume)}
+    environment |= {"LOG": str(log), "VOLUME": str(volume), "STOP": "-"}
     with subprocess.Popen(container(packed, volume), env=environment, stdout=subprocess.PIPE, text=True) as service:
         time.sleep(0.5)
         assert service.poll() is None
@@ -227,7 +229,12 @@ def test_the_service_waits_for_the_upload_checks_it_and_really_starts_vllm(packe
     assert service.returncode == 0
     told = log.read_text().splitlines()
     start = "upload service file --projectId my-project --serviceId gpt-oss --localPath"
-    assert told == [f"{start} model --remotePath /models/model", f"{start} SHA256SUMS --remotePath /models/SHA256SUMS"]
+    assert re.fullmatch(f"{start} /[^ ]+ --remotePath /models/SHA256SUMS", told[0])
+    assert told[1:] == [
+        f"{start} model --remotePath /models/model",
+        f"{start} SHA256SUMS --remotePath /models/SHA256SUMS",
+    ]
+    assert not Path(told[0].split()[-3]).exists()
     for path in (packed / "model").iterdir():
         assert (volume / "model" / path.name).read_bytes() == path.read_bytes()
 
@@ -253,8 +260,46 @@ def test_the_service_starts_nothing_on_a_model_that_did_not_arrive_whole(
     assert not (volume / ".checked").exists()
 
 
+def test_a_container_that_starts_while_another_model_is_uploaded_waits(
+    kinds: Kinds, packed: Path, tmp_path: Path
+) -> None:
+    volume = Path(shutil.copytree(packed, tmp_path / "volume"))
+    environment = stubs(tmp_path / "bin", vllm=VLLM, northflank=UPLOAD, sleep="echo waited; kill $PPID\n")
+    environment |= {"LOG": str(tmp_path / "log"), "VOLUME": str(volume), "STOP": "model"}
+    subprocess.run(container(packed, volume), env=environment, capture_output=True, check=True)  # the first model runs
+    export(kinds("mxfp4"), tmp_path / "other")
+    assert subprocess.run([tmp_path / "other/upload.sh", "p"], env=environment, check=False).returncode == 1
+    found = subprocess.run(container(packed, volume), env=environment, capture_output=True, text=True, check=False)
+    assert "serve" not in found.stdout
+    assert found.stdout.splitlines() == ["waiting for upload.sh", "waited"]
+
+
+def test_files_of_an_earlier_model_on_the_volume_are_named_and_nothing_starts(packed: Path, tmp_path: Path) -> None:
+    volume = Path(shutil.copytree(packed, tmp_path / "volume"))
+    (volume / "model/model-00003-of-00003.safetensors").write_text("of the model before")
+    environment = stubs(tmp_path / "bin", vllm=VLLM)
+    found = subprocess.run(container(packed, volume), env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "> model/model-00003-of-00003.safetensors" in found.stdout
+    assert "serve" not in found.stdout
+    (volume / "model/model-00003-of-00003.safetensors").unlink()
+    found = subprocess.run(container(packed, volume), env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("serve\n")
+
+
+def test_digests_that_arrived_in_part_start_nothing(packed: Path, tmp_path: Path) -> None:
+    volume = Path(shutil.copytree(packed, tmp_path / "volume"))
+    lines = (volume / "SHA256SUMS").read_text().splitlines(keepends=True)
+    assert lines[-1].endswith("  upload.sh\n")
+    environment = stubs(tmp_path / "bin", vllm=VLLM, sleep="echo waited; kill $PPID\n")
+    for count in (0, 1, len(lines) - 1):
+        (volume / "SHA256SUMS").write_text("".join(lines[:count]))
+        found = subprocess.run(container(packed, volume), env=environment, capture_output=True, text=True, check=False)
+        assert found.stdout.splitlines() == ["waiting for upload.sh", "waited"]
+
+
 def test_upload_sends_nothing_that_is_damaged_and_wants_a_project(packed: Path, tmp_path: Path) -> None:
-    environment = stubs(tmp_path / "bin", northflank=UPLOAD) | {"LOG": str(tmp_path / "log")}
+    environment = stubs(tmp_path / "bin", northflank=UPLOAD) | {"LOG": str(tmp_path / "log"), "STOP": "-"}
     assert subprocess.run([packed / "upload.sh"], env=environment, capture_output=True, check=False).returncode == 64
     spoiled = Path(shutil.copytree(packed, tmp_path / "spoiled"))
     (spoiled / "model/chat_template.jinja").write_text("another")
@@ -282,7 +327,7 @@ def test_the_vocabulary_of_the_chat_parser_goes_onto_the_volume(
     export(kinds("int4"), tmp_path / "out")
     volume, log = tmp_path / "volume", tmp_path / "log"
     volume.mkdir()
-    environment = stubs(tmp_path / "bin", northflank=UPLOAD) | {"LOG": str(log), "VOLUME": str(volume)}
+    environment = stubs(tmp_path / "bin", northflank=UPLOAD) | {"LOG": str(log), "VOLUME": str(volume), "STOP": "-"}
     subprocess.run([tmp_path / "out/upload.sh", "p"], env=environment, check=True)
     assert (volume / "encodings/o200k_base.tiktoken").read_bytes() == b"IQ== 0\n"
     assert log.read_text().splitlines()[-1].endswith("/models/SHA256SUMS")
@@ -336,6 +381,9 @@ def test_a_plan_that_is_too_small_is_refused(
         {"instance": "nf-gpu-h200-141-1g"},
         {"instance": "nf-gpu-h100-80-3g"},
         {"instance": "nf-gpu-t4-16-1g"},
+        {"context": 131072},
+        {"image": "vllm/vllm-openai"},
+        {"image": "repo/Ü:1"},
         {"name": "My Model"},
         {"name": "a" * 31},
         {"name": "ab"},

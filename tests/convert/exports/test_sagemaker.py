@@ -26,7 +26,7 @@ from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.exports import chat_files, sagemaker, sagemaker_images, vllm, write
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.progress import silent
-from gptoss_convert.errors import DigestMismatch, Refused, UsageError
+from gptoss_convert.errors import BadInput, DigestMismatch, Refused, UsageError
 
 pytest.importorskip("boto3", reason="boto3 is not installed")
 pytest.importorskip("jsonschema", reason="jsonschema is not installed")
@@ -191,6 +191,30 @@ def test_generation_stops_at_all_three_end_tokens(artifacts: Path, tmp_path: Pat
     assert any("generation_config.json stops at" in note for note in found.document["notes"])
 
 
+@pytest.mark.parametrize("ends", [[[1]], {"a": 1}, [{}], "200002"], ids=str)
+def test_end_tokens_that_are_no_numbers_are_replaced(artifacts: Path, tmp_path: Path, ends: Any) -> None:
+    shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
+    (tmp_path / "mxfp4" / "gptoss-certificate.json").unlink()
+    path = tmp_path / "mxfp4" / "generation_config.json"
+    wanted = json.loads(path.read_text())["eos_token_id"]
+    path.write_text(json.dumps({"eos_token_id": ends}))
+    export(tmp_path / "mxfp4", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model" / path.name).read_text())["eos_token_id"] == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"temperature": NaN}', "[]", "", '{"a": 1, "a": 2}'], ids=lambda t: t[:20]
+)
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_small_file_that_is_no_json_is_bad_input(artifacts: Path, tmp_path: Path, name: str, text: str) -> None:
+    shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4")
+    (tmp_path / "mxfp4" / "gptoss-certificate.json").unlink()
+    (tmp_path / "mxfp4" / name).write_text(text)
+    with pytest.raises(BadInput) as error:
+        export(tmp_path / "mxfp4", tmp_path / "out")
+    assert error.value.file == name
+
+
 def test_the_vllm_container_is_told_all_by_its_environment(artifacts: Path, tmp_path: Path) -> None:
     export(artifacts / "mxfp4", tmp_path / "out", instance="ml.g6e.12xlarge", context=4096, name="mine")
     assert settings(tmp_path / "out") == {
@@ -198,6 +222,8 @@ def test_the_vllm_container_is_told_all_by_its_environment(artifacts: Path, tmp_
         "SM_VLLM_SERVED_MODEL_NAME": "mine",
         "SM_VLLM_TENSOR_PARALLEL_SIZE": "4",
         "SM_VLLM_MAX_MODEL_LEN": "4096",
+        "SM_VLLM_ENABLE_AUTO_TOOL_CHOICE": "",
+        "SM_VLLM_TOOL_CALL_PARSER": "openai",
     }
     assert not (tmp_path / "out" / "model" / "serving.properties").exists()
 
@@ -206,6 +232,7 @@ def test_lmi_is_told_by_serving_properties_neither_where_nor_how_packed(artifact
     export(artifacts / "mxfp4", tmp_path / "out", engine="lmi")
     assert (tmp_path / "out" / "model" / "serving.properties").read_text() == (
         "engine=Python\noption.tensor_parallel_degree=max\noption.max_model_len=8192\n"
+        "option.enable_auto_tool_choice=true\noption.tool_call_parser=openai\n"
     )
     assert "djl-inference:" in requests_of(tmp_path / "out")["create_model"]["PrimaryContainer"]["Image"]
 
@@ -258,6 +285,57 @@ def test_int8_is_served_by_the_vllm_container_and_not_surely_by_lmi(artifacts: P
         export(artifacts / "int8", tmp_path / "out", engine="lmi")
     assert error.value.remedy == "choose --engine vllm"
     export(artifacts / "int8", tmp_path / "out")
+
+
+AWS_IMAGES = "763104351884.dkr.ecr.us-east-1.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("int4", f"{AWS_IMAGES}/vllm:0.29.0-gpu-py312-cu130-ubuntu24.04-sagemaker"),
+        ("int8-g32", f"{AWS_IMAGES}/huggingface-vllm:0.29.0-transformers5.15.0-gpu-py312-cu130-ubuntu24.04-v1.0"),
+        ("int8", "123456789012.dkr.ecr.us-east-1.amazonaws.com/vllm-openai:v0.28.0"),
+        ("bf16", f"{AWS_IMAGES}/vllm:0.11.2-gpu-py312-cu129-ubuntu22.04-sagemaker"),
+    ],
+)
+def test_an_image_whose_tag_tells_a_vllm_that_is_too_old_is_refused(
+    artifacts: Path, tmp_path: Path, name: str, image: str
+) -> None:
+    with pytest.raises(Refused, match=f"vLLM of this image does not load {name}") as error:
+        export(artifacts / name, tmp_path / "out", image=image)
+    assert "--to hf" in str(error.value.remedy)
+    export(artifacts / "mxfp4", tmp_path / "out", image=image)
+
+
+def test_the_endpoint_lies_in_the_region_of_its_image(artifacts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="images of the endpoint's own region"):
+        export(artifacts / "mxfp4", tmp_path / "out", image=OWN, region="us-east-1")
+    for number, (wishes, region) in enumerate(
+        [
+            ({"image": OWN}, "eu-west-1"),
+            ({"image": OWN, "region": "eu-west-1"}, "eu-west-1"),
+            ({"image": "registry.example/vllm:1", "region": "eu-north-1"}, "eu-north-1"),
+            ({}, "us-east-1"),
+        ]
+    ):
+        steps = export(artifacts / "mxfp4", tmp_path / str(number), **wishes).first_steps
+        assert [f"--region {region} " in step for step in steps] == [True] * 3
+
+
+def test_a_downloaded_releases_other_layouts_need_no_room(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(artifacts / "mxfp4", tmp_path / "mxfp4"))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (folder / "original").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "original")
+    monkeypatch.setattr(sagemaker_images, "SMALL_BYTES", size)
+    export(folder, tmp_path / "out")
+    (variant,) = requests_of(tmp_path / "out")["create_endpoint_config"]["ProductionVariants"]
+    assert variant["InstanceType"] == sagemaker_images.SMALL_INSTANCE
+    monkeypatch.setattr(sagemaker_images, "room", lambda instance: size)
+    export(folder, tmp_path / "fits")
 
 
 def test_a_gguf_is_refused_with_what_to_convert_to(artifacts: Path, tmp_path: Path) -> None:
@@ -414,8 +492,15 @@ def test_cfn_lint_finds_a_planted_error(artifacts: Path, tmp_path: Path, number:
     assert linted(tmp_path / "spoilt.json")[0] != 0
 
 
-def test_the_template_asks_for_what_the_requests_ask_for(artifacts: Path, tmp_path: Path) -> None:
+def test_the_template_has_no_default_where_that_would_be_a_placeholder(artifacts: Path, tmp_path: Path) -> None:
     export(artifacts / "mxfp4", tmp_path / "out")
+    parameters = json.loads((tmp_path / "out" / "template.json").read_text())["Parameters"]
+    assert {name for name, value in parameters.items() if "Default" not in value} == {"ExecutionRoleArn", "ModelData"}
+    assert "replace-this" not in json.dumps(parameters)
+
+
+def test_the_template_asks_for_what_the_requests_ask_for(artifacts: Path, tmp_path: Path) -> None:
+    export(artifacts / "mxfp4", tmp_path / "out", bucket="s3://my-bucket/mine", role=ROLE)
     template = json.loads((tmp_path / "out" / "template.json").read_text())
     defaults = {name: value["Default"] for name, value in template["Parameters"].items()}
     model = deepcopy(template["Resources"]["Model"]["Properties"])
@@ -529,6 +614,33 @@ def test_deploy_says_what_stands_in_its_way(
     s3.delete_object(Bucket="my-bucket", Key="models/mine/other.safetensors")
     api.create_model(ModelName="mine", PrimaryContainer={"Image": "another"}, ExecutionRoleArn=ROLE)
     fails(GIVEN, "another model is called mine")
+
+
+def test_deploy_uploads_nothing_that_is_damaged(
+    artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3, api = cloud
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
+    path = tmp_path / "out" / "model" / "chat_template.jinja"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert deploy_of(tmp_path / "out").main(GIVEN) == 1
+    assert "model/chat_template.jinja is not as it was exported" in capsys.readouterr().err
+    assert s3.list_objects_v2(Bucket="my-bucket")["KeyCount"] == 0
+    assert api.list_models()["Models"] == []
+
+
+def test_deploy_leaves_the_files_of_another_export_as_they_are(
+    artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3, _ = cloud
+    for name, context in (("first", 4096), ("second", 2048)):  # of LMI's settings only a file in the prefix tells
+        export(artifacts / "mxfp4", tmp_path / name, name="mine", engine="lmi", context=context)
+        old_machine(tmp_path / name)
+    assert deploy_of(tmp_path / "first").main(GIVEN) == 0
+    assert deploy_of(tmp_path / "second").main(GIVEN) == 1
+    assert "serving.properties is of another export" in capsys.readouterr().err
+    there = s3.get_object(Bucket="my-bucket", Key="models/mine/serving.properties")["Body"].read()
+    assert there == (tmp_path / "first" / "model" / "serving.properties").read_bytes()
 
 
 def test_deploy_tells_why_an_endpoint_failed(artifacts: Path, tmp_path: Path) -> None:

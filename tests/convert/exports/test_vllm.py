@@ -52,9 +52,21 @@ def test_each_kind_gets_the_flags_that_it_needs_on_these_gpus(
     ]  # fmt: skip
 
 
-def test_the_context_is_passed_on(kinds: Kinds) -> None:
+def test_the_context_is_passed_on_if_the_model_has_it(kinds: Kinds) -> None:
     with open_artifact(kinds("mxfp4")) as artifact:
         assert vllm.arguments(artifact, "me", 1, 8192)[-2:] == ["--max-model-len", "8192"]
+        with pytest.raises(UsageError, match="no such context") as error:
+            vllm.arguments(artifact, "me", 1, 8193)
+    assert (error.value.found, error.value.expected) == ("8193", "at most 8192")
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["vllm/vllm-openai:latest", "localhost:5000/a/b:v1", "a@sha256:" + "0" * 64, "a.b.io/c_d/e:V_1.0-x", vllm.IMAGE],
+)
+def test_what_docker_calls_an_image_is_taken(kinds: Kinds, image: str) -> None:
+    with open_artifact(kinds("mxfp4")) as artifact:
+        vllm.require_served(artifact, image, "here", Package())
 
 
 @pytest.mark.parametrize(
@@ -63,12 +75,18 @@ def test_the_context_is_passed_on(kinds: Kinds) -> None:
         ("docker.io/vllm/vllm-openai:v0.33.0", (0, 33, 0)),
         ("vllm/vllm-openai:v0.9.2", (0, 9, 2)),
         ("mine.azurecr.io/vllm-openai:0.31.0-cu130", (0, 31, 0)),
+        ("763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:0.29.0-gpu-py312-cu130-ubuntu24.04-sagemaker", (0, 29, 0)),
+        ("a.example/huggingface-vllm:0.29.0-transformers5.15.0-gpu-py312", (0, 29, 0)),
+        ("763104351884.dkr.ecr.us-east-1.amazonaws.com/vllm:server-sagemaker-cuda-v2", None),
+        ("mine.azurecr.io/vllm:1.0.0", None),
         ("vllm/vllm-openai:latest", None),
         ("mine.azurecr.io/not-vllm-openai:v0.31.0", None),
         ("mine.azurecr.io/server:v1.2", None),
     ],
 )
-def test_the_version_is_told_by_the_projects_own_images_only(image: str, version: tuple[int, ...] | None) -> None:
+def test_the_version_is_told_by_the_projects_own_images_and_awss_only(
+    image: str, version: tuple[int, ...] | None
+) -> None:
     assert vllm.version_of(image) == version
 
 
@@ -104,7 +122,24 @@ def test_what_vllm_reads_in_no_version_is_refused_with_what_to_convert_to(kinds:
     assert "--to hf (MXFP4)" in str(error.value.remedy)
 
 
-@pytest.mark.parametrize("image", ["", "a b", "a\nRUN x", "a'b", "$(x)", "${args.x}"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        "",
+        "a b",
+        "a\nRUN x",
+        "a'b",
+        "$(x)",
+        "${args.x}",
+        "a",
+        "a:",
+        "-a:1",
+        "--platform=a",
+        "Ü:1",
+        "a;b:1",
+        "a@sha256:0",
+    ],
+)
 def test_what_is_no_image_is_a_usage_error(kinds: Kinds, image: str) -> None:
     with open_artifact(kinds("mxfp4")) as artifact, pytest.raises(UsageError, match="not the name of an image"):
         vllm.require_served(artifact, image, "here", Package())

@@ -96,6 +96,8 @@ def test_a_kind_that_the_platform_cannot_serve_is_refused_with_what_to_do(artifa
 def test_what_means_nothing_for_a_platform_is_a_usage_error(artifacts: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--role means nothing"):
         export(artifacts / "int4", tmp_path / "out", request=Request(role="arn"))
+    with pytest.raises(UsageError, match="--name is empty"):
+        export(artifacts / "int4", tmp_path / "out", request=Request(name=""))
     with pytest.raises(UsageError, match="no such platform"):
         write.export(artifacts / "int4", tmp_path / "out", "nowhere", Request(), show=silent)
     with pytest.raises(UsageError, match="not a name"):
@@ -148,6 +150,51 @@ def test_nothing_stands_in_the_place_of_the_artifact_or_of_anything_else(artifac
     with pytest.raises(TargetExists):
         export(artifacts / "int4", tmp_path / "ours")
     export(artifacts / "mxfp4", tmp_path / "ours", overwrite=True)
+
+
+CERTIFICATES: list[Any] = [
+    {"artifact": 1, "source": 2},
+    {"artifact": {"files": []}, "source": {}, "lost": []},
+    {"artifact": {"files": [{"name": "config.json"}]}, "source": {"official_weights": True}, "lost": []},
+    {"artifact": {"files": [1]}, "source": {"official_weights": True}, "lost": []},
+    {"artifact": {"files": []}, "source": {"official_weights": True}, "lost": "nothing"},
+    {"artifact": {"files": []}, "source": {"official_weights": True, "template": "x"}, "lost": []},
+    {"artifact": None, "source": None},
+]
+
+
+@pytest.mark.parametrize("number", range(len(CERTIFICATES)))
+def test_a_certificate_that_is_none_of_ours_is_bad_input(artifacts: Path, tmp_path: Path, number: int) -> None:
+    shutil.copytree(artifacts / "int4", tmp_path / "int4")
+    (tmp_path / "int4" / "gptoss-certificate.json").write_text(json.dumps(CERTIFICATES[number]))
+    with pytest.raises(BadInput, match="certificate is not one that this tool wrote"):
+        export(tmp_path / "int4", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a\nb.txt", "a\u2028b.txt", "a\udcffb.txt", "a\x1bb.txt"], ids=ascii)
+def test_a_file_name_that_no_list_of_digests_can_hold_is_refused(artifacts: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(artifacts / "int4", tmp_path / "int4")
+    (tmp_path / "int4" / name).write_text("x")
+    with pytest.raises(BadInput, match="cannot stand in a list of digests"):
+        export(tmp_path / "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Grüße 世界.txt", "back\\slash.txt", "q\"$(touch x)`y`'z.txt", "-c.txt"])
+def test_every_other_file_name_is_listed_so_that_sha256sum_finds_it(artifacts: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(artifacts / "int4", tmp_path / "int4")
+    (tmp_path / "int4" / name).write_text("x")
+    export(tmp_path / "int4", tmp_path / "out")
+    sums = subprocess.run(["sha256sum", "-c", "--strict", write.SUMS], cwd=tmp_path / "out", check=False)
+    assert sums.returncode == 0
+    assert (tmp_path / "out" / "model" / name).read_text() == "x"
+
+
+def test_the_manifest_names_the_artifact_that_is_the_working_folder(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(artifacts / "int4")
+    assert export(Path(), tmp_path / "out").document["artifact"]["name"] == "int4"
 
 
 def test_what_is_no_artifact_is_bad_input(tmp_path: Path) -> None:
