@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from gptoss_convert.cli.output import progress
+from gptoss_convert.cli.output import print_event, progress
 
 
 @click.command()
@@ -23,7 +23,10 @@ from gptoss_convert.cli.output import progress
 @click.option("--device", default="cpu", help="Where calibration and comparison compute: cpu, cuda.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Events on stdout, one JSON object a line; the last is the manifest's."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Events on stdout, one JSON object a line; the last is the manifest's, or the error's.",
 )
 def command(
     recipe: Path | None, schema: bool, check: bool, locked: bool, renew: bool, device: str, threads: int, as_json: bool
@@ -58,7 +61,7 @@ def command(
 
 def _tell(event: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(event, allow_nan=False), flush=True)
+        print_event(event)
         return
     words = {"begin": "begins", "done": "done", "skipped": "is done already", "manifest": "manifest", "checked": "fits"}
     what = event.get("step") or event.get("path") or event.get("recipe")
