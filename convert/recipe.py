@@ -139,6 +139,8 @@ def _validator() -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
 
+    extended: Any = extend  # untyped in the library's types
+
     def is_integer(_: object, value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
 
@@ -146,7 +148,7 @@ def _validator() -> Any:
         return is_integer(_, value) or (isinstance(value, float) and math.isfinite(value))
 
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer).redefine("number", is_number)
-    return extend(Draft202012Validator, type_checker=types)(schema())
+    return extended(Draft202012Validator, type_checker=types)(schema())
 
 
 def _told(error: Any) -> tuple[str, str | None]:

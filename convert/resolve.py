@@ -40,6 +40,11 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-convert"
 
 
+def fetched_folder(repo: str, commit: str) -> Path:
+    """Where a repository at a commit is put when it is fetched."""
+    return cache_folder() / repo.replace("/", "--") / commit
+
+
 def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -> Path:
     from gptoss_convert.convert import fetch, fetch_plan, official
 
@@ -52,7 +57,7 @@ def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -
             remedy=f"mend the path; or say {repo}@<40 hex digits>, so that the same command always reads the same bytes",
         )
     commit = revision or (pinned.revision if pinned else "")
-    target = cache_folder() / repo.replace("/", "--") / str(commit)
+    target = fetched_folder(repo, commit)
     target.mkdir(parents=True, exist_ok=True)
     ready = fetch_plan.plan(repo, target, revision=revision, layout=layout)
     with show("fetch", ready.total_bytes) as advance:

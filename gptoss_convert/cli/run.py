@@ -17,7 +17,7 @@ from gptoss_convert.cli.output import print_event, progress
 @click.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of recipes, and nothing else.")
-@click.option("--check", is_flag=True, help="Only read the recipe, and say whether it fits.")
+@click.option("--check", is_flag=True, help="Only read the recipe, and say whether it fits; looks at no other file.")
 @click.option("--locked", is_flag=True, help="Refuse to run without a lock file.")
 @click.option("--renew-lock", "renew", is_flag=True, help="Accept the source and the texts as they are now.")
 @click.option("--device", default="cpu", help="Where calibration and comparison compute: cpu, cuda.")
@@ -47,13 +47,14 @@ def command(
             "RECIPE is missing", expected="a TOML file", remedy="gptoss-convert run --schema says what it holds"
         )
     found = recipes.read_recipe_file(recipe)
+    from gptoss_convert.convert.pipeline import Pipeline, Settings, require_sense
+
     if check:
+        require_sense(found)
         _tell(
             {"event": "checked", "recipe": str(recipe), "outputs": [output.name for output in found.outputs]}, as_json
         )
         return
-    from gptoss_convert.convert.pipeline import Pipeline, Settings
-
     settings = Settings(device=device, threads=threads, locked=locked, renew=renew)
     show = (lambda label, total: nullcontext(lambda _: None)) if as_json else progress
     Pipeline(found, settings, show, lambda event: _tell(event, as_json)).run()
@@ -63,6 +64,9 @@ def _tell(event: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_event(event)
         return
-    words = {"begin": "begins", "done": "done", "skipped": "is done already", "manifest": "manifest", "checked": "fits"}
+    words = {
+        "begin": "begins", "done": "done", "skipped": "is done already", "failed": "failed", "removed": "is removed",
+        "manifest": "manifest", "checked": "fits",
+    }  # fmt: skip
     what = event.get("step") or event.get("path") or event.get("recipe")
     print(f"{words[event['event']]:<16} {what}", file=sys.stdout, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from support.checkpoints import SMALL, Model, write_hf
 from gptoss_convert.convert.exports import write as exporting
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.package import Package, Request
+from gptoss_convert.convert.exports.platforms import SERVES
 from gptoss_convert.convert.pipeline import Pipeline, Settings
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.recipe import read_recipe_file
@@ -65,18 +66,21 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
-@pytest.fixture(autouse=True)
-def a_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(exporting.PLATFORMS, "llama.cpp", package)
+@pytest.fixture(autouse=True, scope="module")
+def a_platform() -> Iterator[None]:
+    """llama.cpp takes everything, so that small models without a tokenizer can be exported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(exporting.PLATFORMS, "llama.cpp", package)
+        patch.delitem(SERVES, "llama.cpp")
+        yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(a_platform: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     write_hf(Model(SMALL), folder / "model")
     (folder / "chat.txt").write_text("The weights of a model are numbers, and they move from file to file.\n" * 60)
     (folder / "r.toml").write_text(RECIPE)
-    exporting.PLATFORMS["llama.cpp"] = package
     run(folder)
     return folder
 
