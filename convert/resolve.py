@@ -61,7 +61,7 @@ def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -
     target.mkdir(parents=True, exist_ok=True)
     ready = fetch_plan.plan(repo, target, revision=revision, layout=layout)
     with show("fetch", ready.total_bytes) as advance:
-        report = fetch.run(ready, progress=advance)
+        report = fetch.run(ready, repair=True, progress=advance)  # the folder is ours, and nobody else's to mend
     if report.exit_code() is ExitCode.MISMATCH:
         raise DigestMismatch(
             "what was fetched is not what was promised", file=target, remedy="run fetch for the details"
