@@ -23,7 +23,7 @@ from gptoss_convert.convert.exports.package import Package, Request
 from gptoss_convert.convert.exports.platforms import PLATFORMS
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.protect import files_read, protect_inputs
-from gptoss_convert.errors import DigestMismatch, UsageError
+from gptoss_convert.errors import DigestMismatch, Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 
@@ -50,6 +50,7 @@ def export(
     target = target.absolute()
     with Output(target, folder=True, overwrite=overwrite, marker=MANIFEST) as output, open_artifact(path) as artifact:
         protect_inputs(target, [path, *files_read(artifact.source), *artifact.files.values()])
+        _require_plain_names(artifact)
         package = PLATFORMS[platform](artifact, request)
         digests = _write(package, artifact, output, platform, show)
         document = _manifest(package, artifact, platform, digests)
@@ -58,6 +59,16 @@ def export(
         output.write_small(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items())).encode())
         output.publish()
     return Exported(target, document, package.first_steps)
+
+
+def _require_plain_names(artifact: Artifact) -> None:
+    """A name with a line feed would be two lines of SHA256SUMS, and of commands."""
+    for name in artifact.files:
+        if not name.isprintable():
+            raise Refused(
+                "a file's name holds control characters, which no list and no script can name", file=artifact.path,
+                found=name, expected="a name that can be printed", remedy="rename the file",
+            )  # fmt: skip
 
 
 def _write(
