@@ -14,6 +14,7 @@ from support.checkpoints import SMALL, Model, write_hf
 from gptoss_convert.cli import main
 from gptoss_convert.cli.run import command
 from gptoss_convert.convert import official
+from gptoss_convert.convert.pipeline import require_sense
 from gptoss_convert.convert.recipe import read_recipe_file, schema
 from gptoss_convert.errors import UsageError
 
@@ -97,7 +98,18 @@ def test_without_a_recipe_it_is_a_usage_error() -> None:
 
 def test_the_example_fits_and_names_the_pinned_release() -> None:
     recipe = read_recipe_file(EXAMPLES / "recipe.toml")
+    require_sense(recipe)
     assert recipe.source["revision"] == official.load().repos[recipe.source["repo"]].revision
+
+
+def test_the_example_does_not_compare_on_what_it_calibrates_on() -> None:
+    recipe = read_recipe_file(EXAMPLES / "recipe.toml")
+    for output in recipe.outputs:
+        if "compare" in output.table and "calibration" in output.table:
+            compared, calibrated = (
+                recipe.texts[n].file for n in (output.table["compare"]["text"], output.table["calibration"])
+            )
+            assert compared != calibrated
 
 
 @pytest.mark.parametrize("name", ["github-actions.yml", "gitlab-ci.yml"])
