@@ -109,10 +109,8 @@ def make_plan(
     keys: more metadata for a GGUF; dry: the plan is only looked at, so that any neurons will do; activations: calibrated mean
     squares, by which neurons are chosen instead (`cut.choose`).
     """
-    if options.to != "onnx":
-        _refuse(options, _OF_ONNX)
+    require_fitting(options, target)
     if options.to == "gguf":
-        _check_gguf_name(target, options)
         recipe, widening = with_widths(choose_recipe(source, options), options.widen)
         if options.base is not None:
             require_mxfp4_experts(source.config, recipe)
@@ -134,10 +132,8 @@ def make_plan(
         if asked:
             require_bits_kept(source, plan, options.experts, options.dense)
     elif options.to == "onnx":
-        _refuse(options, _OF_GGUF)
         plan = plan_onnx(source, _wanted(options))
     else:
-        _refuse(options, {**_OF_GGUF, **_OF_BOTH})
         planners = {
             "hf": plan_hf,
             "original": plan_original,
@@ -153,30 +149,50 @@ def make_plan(
     return plan
 
 
+def require_fitting(options: Options, target: Path) -> None:
+    """UsageError for what does not fit together, as far as that can be told without a source."""
+    if options.to != "onnx":
+        _refuse(options, _OF_ONNX)
+    if options.to == "gguf":
+        _check_gguf_name(target, options)
+        _require_one_choice(options)
+        _widths(options.widen)
+        if options.type is not None:
+            named(options.type)
+    elif options.to == "onnx":
+        _refuse(options, _OF_GGUF)
+        _wanted(options)
+    else:
+        _refuse(options, {**_OF_GGUF, **_OF_BOTH})
+    is_calibrated(options)
+
+
 def _sense(source: Source, recipe: Recipe, widening: str, options: Options, asked: bool) -> list[str]:
     return require_sense(source, recipe, widening, allow_larger=options.allow_larger, asked=asked)
 
 
 def with_widths(recipe: Recipe, widen: str) -> tuple[Recipe, str]:
     """--widen's widths, "3072x2880", put into the recipe; the other words are left to the plan."""
+    widths = _widths(widen)
+    return (recipe, widen) if widths is None else (replace(recipe, hidden=widths[0], intermediate=widths[1]), "auto")
+
+
+def _widths(widen: str) -> tuple[int, int] | None:
+    """--widen's widths, None where it is a word."""
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", widen)
     if match is None:
-        return recipe, widen
+        return None
     hidden, intermediate = int(match[1]), int(match[2])
     if not hidden or not intermediate or hidden % 32 or intermediate % 32:
         raise UsageError("--widen's widths are not multiples of 32", found=widen, expected="such as 3072x2880")
-    return replace(recipe, hidden=hidden, intermediate=intermediate), "auto"
+    return hidden, intermediate
 
 
 def choose_recipe(source: Source, options: Options) -> Recipe:
     """The recipe that --type, --recipe or --experts and --dense ask for."""
-    if options.type is not None and options.recipe is not None:
-        raise UsageError("--type and --recipe exclude each other")
+    _require_one_choice(options)
     if options.type is None and options.recipe is None:
-        _check_codecs(options)
         return auto_recipe(source, options.experts, options.dense)
-    if (options.experts, options.dense) != ("auto", "auto"):
-        raise UsageError("--experts and --dense are for conversions without --type or --recipe")
     if options.type is not None:
         return named(options.type)
     assert options.recipe is not None
@@ -189,6 +205,16 @@ def choose_recipe(source: Source, options: Options) -> Recipe:
         recipe = read_recipe(bytes(file.read(0, file.size)), options.recipe)
     recipe.require_effect(gguf_tensors(source.config), source.config.layers)
     return recipe
+
+
+def _require_one_choice(options: Options) -> None:
+    """A type, a recipe, or codecs that there are."""
+    if options.type is not None and options.recipe is not None:
+        raise UsageError("--type and --recipe exclude each other")
+    if options.type is None and options.recipe is None:
+        _check_codecs(options)
+    elif (options.experts, options.dense) != ("auto", "auto"):
+        raise UsageError("--experts and --dense are for conversions without --type or --recipe")
 
 
 def _check_codecs(options: Options) -> None:

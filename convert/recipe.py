@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import re
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gptoss_convert.convert.certificate import file_name
+from gptoss_convert.convert.recipe_lines import Lines
+from gptoss_convert.convert.sizes import parse_size
 from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.formats.files import SourceFile
 
 MAX_BYTES = 1 << 20
 DEFAULT = "default"
-_HEADER = re.compile(r"\s*(?P<array>\[)?\[(?P<name>[^\[\]]+)\]\]?\s*(#.*)?$")
-_KEY = re.compile(r"\s*(?P<key>[A-Za-z0-9_.\"'-]+)\s*=")
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Output:
-    """One artifact. `table` is what the recipe says of it."""
+    """One artifact. `table` is what the recipe says of it; index: its place among the outputs."""
 
     name: str
     table: Mapping[str, Any]
     line: int
+    index: int
 
     @property
     def file_name(self) -> str:
@@ -65,10 +67,15 @@ class Recipe:
     texts: Mapping[str, Text]
     outputs: Sequence[Output]
     out: Path
+    lines: Lines
 
     def place(self, name: str) -> Path:
         """A path of the recipe's."""
         return self.path.parent / name
+
+    def where(self, *place: str | int) -> str:
+        """The file and the line of a table or key."""
+        return f"{self.path}, line {self.lines.find(place)}"
 
 
 @cache
@@ -90,59 +97,100 @@ def read_recipe_file(path: Path) -> Recipe:
         table = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise BadInput("the recipe is not UTF-8", file=path, found=error.reason, expected="TOML in UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and arrays nested too deeply
         raise BadInput("the recipe is not TOML", file=path, found=str(error), expected="TOML 1.0") from error
-    lines = _Lines(text)
+    lines = Lines(text)
     _validate(table, path, lines)
     texts = {
         name: Text(name, given["file"], given.get("tokens", 131072), given.get("context", 2048))
         for name, given in table.get("text", {}).items()
     }
-    outputs = [Output(o["name"], o, lines.find(["output", i])) for i, o in enumerate(table["output"])]
-    recipe = Recipe(
-        path.absolute(), table["source"], texts, outputs, path.absolute().parent / table.get("out", "build")
-    )
-    _require_known(recipe, lines)
+    outputs = [Output(o["name"], o, lines.find(["output", i]), i) for i, o in enumerate(table["output"])]
+    out = path.absolute().parent / table.get("out", "build")
+    recipe = Recipe(path.absolute(), table["source"], texts, outputs, out, lines)
+    _require_known(recipe)
     return recipe
 
 
-def _validate(table: Mapping[str, Any], path: Path, lines: _Lines) -> None:
-    from jsonschema import Draft202012Validator
+def _validate(table: Mapping[str, Any], path: Path, lines: Lines) -> None:
     from jsonschema.exceptions import best_match
 
-    error = best_match(Draft202012Validator(schema()).iter_errors(table))
+    error = best_match(_validator().iter_errors(table))
     if error is None:
         return
+    while error.parent is not None:  # what none of several forms fits is told as a whole
+        error = error.parent
     place = list(error.absolute_path)
     if error.validator == "additionalProperties":
         unknown = next((key for key in error.instance if key not in error.schema.get("properties", {})), None)
         place += [] if unknown is None else [unknown]
+    elif "propertyNames" in error.relative_schema_path:
+        place.append(error.instance)
+    found, expected = _told(error)
     raise BadInput(
         "the recipe does not fit its schema", file=f"{path}, line {lines.find(place)}",
-        tensor=".".join(map(str, place)) or None, found=error.message[:300],
+        tensor=".".join(map(str, place)) or None, found=found, expected=expected,
         remedy="gptoss-convert run --schema prints what a recipe may say",
     )  # fmt: skip
 
 
-def _require_known(recipe: Recipe, lines: _Lines) -> None:
-    """Names are unique, and texts that are named are there."""
-    seen: set[str] = set()
+def _validator() -> Any:
+    """JSON Schema's, but 600.0 is no integer: it would be written into files as such; and NaN and infinity are no numbers."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    extended: Any = extend  # untyped in the library's types
+
+    def is_integer(_: object, value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def is_number(_: object, value: object) -> bool:
+        return is_integer(_, value) or (isinstance(value, float) and math.isfinite(value))
+
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer).redefine("number", is_number)
+    return extended(Draft202012Validator, type_checker=types)(schema())
+
+
+def _told(error: Any) -> tuple[str, str | None]:
+    """What was found and what was expected."""
+    keys = ", ".join(error.instance) if isinstance(error.instance, Mapping) else ""
+    if error.validator == "oneOf":
+        return keys or "nothing", "path, or repo and revision"
+    if error.validator == "not":
+        return "calibration", 'method = "importance" or "gptq" beside it'
+    if error.validator == "additionalProperties":
+        return error.message[:300], ", ".join(error.schema.get("properties", {}))
+    if error.validator == "required":
+        return error.message[:300], ", ".join(error.validator_value)
+    return error.message[:300], None
+
+
+def _require_known(recipe: Recipe) -> None:
+    """Places are different ones, texts that are named are there, and sizes are sizes."""
+    seen: dict[str, str] = {}
     for index, output in enumerate(recipe.outputs):
-        if output.name.lower() in seen:
-            raise _wrong(
-                recipe, lines, ["output", index, "name"], "two outputs have one name", output.name, "names of their own"
-            )
-        seen.add(output.name.lower())
-        for place, name in _texts_of(output):
+        for place in dict.fromkeys(n.lower() for n in (output.name, output.file_name, file_name(output.file_name))):
+            if place in seen:
+                raise _wrong(
+                    recipe, ["output", index, "name"], "two outputs have one name", f"{output.name} and {seen[place]}",
+                    "names of their own, whatever the case and .gguf at the end",
+                )  # fmt: skip
+            seen[place] = output.name
+        for key, name in _texts_of(output):
             if name not in recipe.texts:
                 known = ", ".join(recipe.texts) or "none is given"
-                raise _wrong(
-                    recipe, lines, ["output", index, *place], "no such text", name, f"one of [text.*]: {known}"
-                )
+                raise _wrong(recipe, ["output", index, *key], "no such text", name, f"one of [text.*]: {known}")
         compared = output.table.get("compare", {})
         limits = sorted(compared.get("fail_above", {}).keys() - {"tensor_rms"})
         if limits and "text" not in compared:
-            raise _wrong(recipe, lines, ["output", index, "compare"], "a limit needs a text", limits, "text = NAME")
+            raise _wrong(recipe, ["output", index, "compare"], "a limit needs a text", limits, "text = NAME")
+        try:
+            parse_size(output.table.get("split_size", "1"))
+        except ValueError as error:
+            found = output.table["split_size"]
+            raise _wrong(
+                recipe, ["output", index, "split_size"], "not a size", found, "such as 4GB or 512MiB"
+            ) from error
 
 
 def _texts_of(output: Output) -> Iterable[tuple[list[str], str]]:
@@ -152,37 +200,5 @@ def _texts_of(output: Output) -> Iterable[tuple[list[str], str]]:
         yield ["compare", "text"], output.table["compare"]["text"]
 
 
-def _wrong(
-    recipe: Recipe, lines: _Lines, place: list[str | int], what: str, found: object, expected: str
-) -> UsageError:
-    return UsageError(what, file=f"{recipe.path}, line {lines.find(place)}", found=str(found), expected=expected)
-
-
-class _Lines:
-    """Where the tables and keys of a TOML text begin: good enough to name the line of a mistake."""
-
-    def __init__(self, text: str) -> None:
-        self._at: dict[tuple[str | int, ...], int] = {}
-        counts: dict[tuple[str | int, ...], int] = {}  # arrays of tables: the number of the one that is open
-        here: tuple[str | int, ...] = ()
-        for number, line in enumerate(text.splitlines(), 1):
-            header = _HEADER.match(line)
-            if header:
-                here = ()
-                for part in header["name"].split("."):
-                    here = (*here, counts[here]) if here in counts else here
-                    here = (*here, part.strip().strip("\"'"))
-                if header["array"]:
-                    counts[here] = counts.get(here, -1) + 1
-                    here = (*here, counts[here])
-                self._at.setdefault(here, number)
-            elif key := _KEY.match(line):
-                parts = [part.strip("\"'") for part in key["key"].split(".")]
-                self._at.setdefault((*here, *parts), number)
-
-    def find(self, place: Sequence[str | int]) -> int:
-        """The line of the deepest part of a path that has one."""
-        for length in range(len(place), 0, -1):
-            if tuple(place[:length]) in self._at:
-                return self._at[tuple(place[:length])]
-        return 1
+def _wrong(recipe: Recipe, place: list[str | int], what: str, found: object, expected: str) -> UsageError:
+    return UsageError(what, file=recipe.where(*place), found=str(found), expected=expected)

@@ -40,6 +40,11 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-convert"
 
 
+def fetched_folder(repo: str, commit: str) -> Path:
+    """Where a repository at a commit is put when it is fetched."""
+    return cache_folder() / repo.replace("/", "--") / commit
+
+
 def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -> Path:
     from gptoss_convert.convert import fetch, fetch_plan, official
 
@@ -52,11 +57,11 @@ def _fetched(repo: str, revision: str | None, layout: str, show: ShowProgress) -
             remedy=f"mend the path; or say {repo}@<40 hex digits>, so that the same command always reads the same bytes",
         )
     commit = revision or (pinned.revision if pinned else "")
-    target = cache_folder() / repo.replace("/", "--") / str(commit)
+    target = fetched_folder(repo, commit)
     target.mkdir(parents=True, exist_ok=True)
     ready = fetch_plan.plan(repo, target, revision=revision, layout=layout)
     with show("fetch", ready.total_bytes) as advance:
-        report = fetch.run(ready, progress=advance)
+        report = fetch.run(ready, repair=True, progress=advance)  # the folder is ours, and nobody else's to mend
     if report.exit_code() is ExitCode.MISMATCH:
         raise DigestMismatch(
             "what was fetched is not what was promised", file=target, remedy="run fetch for the details"

@@ -6,6 +6,7 @@ from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.chat import Chat, require_chat
 from gptoss_convert.convert.exports.memory import DEFAULT_CONTEXT
 from gptoss_convert.convert.exports.package import Request, require_kind
+from gptoss_convert.convert.exports.words import code
 from gptoss_convert.errors import Refused, UsageError
 
 TEMPERATURE, TOP_P, TOP_K, MIN_P = 1.0, 1.0, 0, 0.0
@@ -53,5 +54,5 @@ def provenance(artifact: Artifact) -> list[str]:
     lost = made["lost"]
     cost = "was not proved" if lost is None else "lost nothing" if not lost else "lost: " + "; ".join(lost)
     return [
-        f"The source's weights are {weights}. The conversion {cost}. The whole account: `{artifact.certificate_name}`."
+        f"The source's weights are {weights}. The conversion {cost}. The whole account: {code(artifact.certificate_name or '')}."
     ]

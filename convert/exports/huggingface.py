@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from gptoss_convert.convert.certificate import FOLDER_NAME
 from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import KINDS, Artifact
 from gptoss_convert.convert.exports.chat import GENERATION, Chat, generation_config, require_chat
-from gptoss_convert.convert.exports.gguf import licence, provenance
+from gptoss_convert.convert.exports.gguf import provenance
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.quality import quality_section
-from gptoss_convert.convert.exports.words import paragraph, size, table
+from gptoss_convert.convert.exports.words import code, paragraph, shell_word, size, table
 from gptoss_convert.convert.model_card import front_matter
+from gptoss_convert.errors import UsageError
 
 PLATFORM = "huggingface"
 LOADING = "LOADING.md"
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_HUB = "https://huggingface.co/"
+_BASE = re.compile(r"general\.base_model\.\d+\.repo_url")
 SERVED = tuple(kind for kind in KINDS if kind != "original")
 _INTEGERS = ("int4", "int8", "int8-g32")
 _KEPT = ("license", "license_name", "license_link", "language", "datasets")
@@ -53,7 +57,7 @@ _RUN = {
     "int8-g32": "    vllm serve {name} --moe-backend humming        # vLLM 0.31 to 0.33; LOADING.md has the rest\n",
     "gguf": (
         "    hf download {name} --local-dir model\n"
-        "    llama-server -m model/{first} --jinja --temp 1.0 --top-p 1.0 --top-k 0 --min-p 0 -c 16384\n"
+        "    llama-server -m {first} --jinja --temp 1.0 --top-p 1.0 --top-k 0 --min-p 0 -c 16384\n"
     ),
     "onnx": (
         "    hf download {name} --local-dir model\n"
@@ -67,9 +71,9 @@ def package(artifact: Artifact, request: Request) -> Package:
     request.only(PLATFORM, {"name", "base_model", "quality"})
     require_kind(artifact, PLATFORM, SERVED, "gptoss-convert convert SRC DIR --to hf", "no library of the hub loads it")
     chat = require_chat(artifact, PLATFORM)
-    name = require_name(request.name or f"OWNER/{artifact.model}-{artifact.kind}", REPOSITORY, "a repository", 96)
+    name = require_repository(request.name or f"OWNER/{artifact.model}-{artifact.kind}", "a repository")
     if request.base_model is not None:
-        require_name(request.base_model, REPOSITORY, "a base model", 96)
+        require_repository(request.base_model, "a base model")
     made = Package()
     made.copy(artifact)
     if CARD in made.files:
@@ -95,17 +99,34 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
+def require_repository(name: str, what: str) -> str:
+    """A name by the hub client's own rules, or UsageError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
+
+    require_name(name, REPOSITORY, what, 96)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(
+            f"not a name for {what}",
+            found=name,
+            expected="OWNER/NAME without --, .. or .git, ending in a letter or digit",
+        ) from error
+    return name
+
+
 def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:
     """The card's front matter. What the source's card says of the licence stays true of what is made from it."""
     made = artifact.certificate
     official = bool(made and made["source"]["official_weights"] and artifact.config.release)
     cards = [artifact.small(CARD), _source_card(artifact)]
-    theirs: dict[str, Any] = {}
+    theirs: dict[str, Any] = _gguf_matter(artifact)
     for card in filter(None, cards):
         theirs |= front_matter(card)
     matter: dict[str, Any] = {key: theirs[key] for key in _KEPT if key in theirs}
-    if "license" not in matter and (terms := "apache-2.0" if official else licence(artifact)):
-        matter = {"license": terms, **matter}
+    if "license" not in matter and official:
+        matter = {"license": "apache-2.0", **matter}
     base = base_model or (f"openai/{artifact.config.release}" if official else None)
     if base is not None:
         matter |= {"base_model": base, "base_model_relation": "quantized"}
@@ -116,6 +137,22 @@ def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:
     named = [tags] if isinstance(tags, str) else tags
     matter["tags"] = list(dict.fromkeys([*named, "gpt_oss", *_TAGS[artifact.kind], "conversational"]))
     return matter
+
+
+def _gguf_matter(artifact: Artifact) -> dict[str, Any]:
+    """What a GGUF's own keys say of licence and base model. A licence with a name of its own is "other" on the hub."""
+    metadata = artifact.source.metadata
+    keys = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
+    found: dict[str, Any] = {key: str(metadata[name].value) for key, name in keys.items() if name in metadata}
+    if found:
+        found = {"license": "other", **found}
+    addresses = [str(value.value) for name, value in metadata.items() if _BASE.fullmatch(name)]
+    bases = [address.removeprefix(_HUB) for address in addresses if re.fullmatch(_HUB + REPOSITORY, address, re.ASCII)]
+    return {**found, **({"base_model": bases[0] if len(bases) == 1 else bases} if bases else {})}
 
 
 def _source_card(artifact: Artifact) -> bytes | None:
@@ -138,7 +175,7 @@ def model_card(
     bits = 8 * artifact.weight_bytes / artifact.config.parameters
     rows = [
         (
-            f"`{weights}`",
+            code(weights),
             size(artifact.files[weights].stat().st_size),
             f"`{artifact.digest(weights) or 'see SHA256SUMS'}`",
         )
@@ -166,7 +203,7 @@ def model_card(
         *map(paragraph, provenance(artifact)), *others,
         "## Size\n", table(("file", "size", "SHA-256"), rows, "lrl"), paragraph(sizes),
         "## Quality\n", measured,
-        "## How to run\n", _RUN[artifact.kind].format(name=name, first=artifact.weights[0]),
+        "## How to run\n", _RUN[artifact.kind].format(name=name, first=shell_word(artifact.weights[0], "model/")),
         paragraph("Sampling as OpenAI has it: temperature 1.0, top-p 1.0, nothing else cut off. Nothing here was run on a GPU."),
         "## Chat\n", paragraph(f"The format is harmony: answers come in channels. Generation ends at {ends}. {chat.origin}"),
         "## Licence\n", paragraph(_terms(matter)),

@@ -21,7 +21,7 @@ from gptoss_convert.convert.exports.gguf import (
 )
 from gptoss_convert.convert.exports.memory import Forecast
 from gptoss_convert.convert.exports.package import Package, Request, require_name
-from gptoss_convert.convert.exports.words import paragraph, size
+from gptoss_convert.convert.exports.words import paragraph, shell_word, size
 
 PLATFORM = "lmstudio"
 _NAME = r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*"
@@ -50,11 +50,15 @@ def package(artifact: Artifact, request: Request) -> Package:
     made.copy(artifact)
     made.files["model.yaml"] = yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
     made.files["README.md"] = _readme(artifact, chat, name)
-    made.first_steps = [
-        f"lms import {artifact.weights[0]} --user-repo {name}-GGUF",
-        f"cp model.yaml ~/.lmstudio/hub/models/{name}/",
-    ]
+    made.first_steps = _commands(artifact, name)
     return made
+
+
+def _commands(artifact: Artifact, name: str) -> list[str]:
+    """For a shell in the folder: every part of the GGUF, then the definition."""
+    place = f"~/.lmstudio/hub/models/{name}"
+    copies = [f"lms import {shell_word(weights)} --copy --user-repo {name}-GGUF" for weights in artifact.weights]
+    return [*copies, f"mkdir -p {place} && cp model.yaml {place}/"]
 
 
 def definition(artifact: Artifact, chat: Chat, name: str, context: int) -> dict[str, Any]:
@@ -96,7 +100,6 @@ def definition(artifact: Artifact, chat: Chat, name: str, context: int) -> dict[
 
 
 def _readme(artifact: Artifact, chat: Chat, name: str) -> bytes:
-    copies = "".join(f"    lms import {weights} --copy --user-repo {name}-GGUF\n" for weights in artifact.weights)
     what = (
         f"`model.yaml` stands on the GGUF ({size(artifact.weight_bytes)}) as `{name}-GGUF`. `lms import` puts it there; uploaded "
         f"to the hub under that name, `model.yaml` alone is enough and LM Studio downloads it. `lms clone` and `lms push` of "
@@ -110,7 +113,7 @@ def _readme(artifact: Artifact, chat: Chat, name: str) -> bytes:
     )
     blocks = [
         f"# {name} for LM Studio\n", *map(paragraph, provenance(artifact)),
-        f"{copies}    mkdir -p ~/.lmstudio/hub/models/{name} && cp model.yaml ~/.lmstudio/hub/models/{name}/\n",
+        "".join(f"    {command}\n" for command in _commands(artifact, name)),
         paragraph(what), paragraph(known),
     ]  # fmt: skip
     return "\n".join(blocks).encode()

@@ -77,6 +77,6 @@ def require_kind(artifact: Artifact, platform: str, served: Collection[str], rem
 
 def require_name(name: str, pattern: str, what: str, most: int) -> str:
     """A name that the platform takes, or UsageError."""
-    if len(name) > most or not re.fullmatch(pattern, name):
+    if len(name) > most or not re.fullmatch(pattern, name, re.ASCII):
         raise UsageError(f"not a name for {what}", found=name, expected=f"{pattern}, at most {most} characters")
     return name

@@ -14,6 +14,7 @@ from gptoss_convert.convert.exports import (
     sagemaker,
 )
 from gptoss_convert.convert.exports.package import Export
+from gptoss_convert.convert.exports.vllm import SERVED
 
 PLATFORMS: dict[str, Export] = {
     "sagemaker": sagemaker.package,
@@ -25,4 +26,17 @@ PLATFORMS: dict[str, Export] = {
     "lmstudio": lmstudio.package,
     "northflank": northflank.package,
     "huggingface": huggingface.package,
+}
+
+# The kinds of artifact that a platform's `package` takes; what is not listed is known only when the artifact is there.
+SERVES: dict[str, tuple[str, ...]] = {
+    "sagemaker": tuple(SERVED),
+    "bedrock": ("bf16",),
+    "azureml": tuple(SERVED),
+    "foundry-local": ("onnx",),
+    "llama.cpp": ("gguf",),
+    "ollama": ("gguf",),
+    "lmstudio": ("gguf",),
+    "northflank": tuple(SERVED),
+    "huggingface": huggingface.SERVED,
 }

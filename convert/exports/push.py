@@ -9,8 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptoss_convert.convert.exports.huggingface import PLATFORM, REPOSITORY
-from gptoss_convert.convert.exports.package import require_name
+from gptoss_convert.convert.exports.huggingface import PLATFORM, require_repository
 from gptoss_convert.convert.fetch_hub import RemoteFile, as_network_errors, ask_hub
 from gptoss_convert.errors import DigestMismatch, UsageError
 from gptoss_convert.formats.tree import walk
@@ -33,7 +32,7 @@ def require_pushable(platform: str, name: str | None) -> str:
         raise UsageError("--push means nothing here", found=f"--for {platform}", expected=f"--for {PLATFORM}")
     if name is None:
         raise UsageError("--push needs the repository's name", expected="--name OWNER/NAME")
-    return require_name(name, REPOSITORY, "a repository", 96)
+    return require_repository(name, "a repository")
 
 
 def push(folder: Path, repo: str, *, endpoint: str | None = None, token: str | None = None) -> Pushed:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: run a verb and turn every outcome into a message and an exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     as_json = "--json" in arguments
-    expect_document()
+    expect_document(lines=arguments[:1] == ["run"])
     _write_anything()
     try:
         cli.main(args=arguments, standalone_mode=False)

@@ -38,17 +38,25 @@ class _Documents:
     """Whether the command's result has gone to stdout already: no error document may follow it."""
 
     printed = False
+    lines = False
 
 
-def expect_document() -> None:
-    """A command begins: none of its documents is printed yet."""
-    _Documents.printed = False
+def expect_document(*, lines: bool = False) -> None:
+    """A command begins: none of its documents is printed yet. lines: it prints events, one object a line, and an error is one."""
+    _Documents.printed, _Documents.lines = False, lines
 
 
 def print_error(document: Mapping[str, object]) -> None:
-    """Print an error as the command's one JSON document, unless its result stands there already."""
-    if not _Documents.printed:
+    """Print an error as the command's one JSON document, unless its result stands there already; or as its last event."""
+    if _Documents.lines:
+        print_event({"event": "error", **document})
+    elif not _Documents.printed:
         _print_document(document)
+
+
+def print_event(event: Mapping[str, object]) -> None:
+    """Print one JSON object on a line of its own, at once."""
+    print(json.dumps(strict(event), ensure_ascii=True, allow_nan=False), flush=True)
 
 
 def _print_document(document: Mapping[str, object]) -> None:

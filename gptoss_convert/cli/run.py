@@ -11,19 +11,22 @@ from typing import Any
 
 import click
 
-from gptoss_convert.cli.output import progress
+from gptoss_convert.cli.output import print_event, progress
 
 
 @click.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of recipes, and nothing else.")
-@click.option("--check", is_flag=True, help="Only read the recipe, and say whether it fits.")
+@click.option("--check", is_flag=True, help="Only read the recipe, and say whether it fits; looks at no other file.")
 @click.option("--locked", is_flag=True, help="Refuse to run without a lock file.")
 @click.option("--renew-lock", "renew", is_flag=True, help="Accept the source and the texts as they are now.")
 @click.option("--device", default="cpu", help="Where calibration and comparison compute: cpu, cuda.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads; 0: one a core.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Events on stdout, one JSON object a line; the last is the manifest's."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Events on stdout, one JSON object a line; the last is the manifest's, or the error's.",
 )
 def command(
     recipe: Path | None, schema: bool, check: bool, locked: bool, renew: bool, device: str, threads: int, as_json: bool
@@ -44,13 +47,14 @@ def command(
             "RECIPE is missing", expected="a TOML file", remedy="gptoss-convert run --schema says what it holds"
         )
     found = recipes.read_recipe_file(recipe)
+    from gptoss_convert.convert.pipeline import Pipeline, Settings, require_sense
+
     if check:
+        require_sense(found)
         _tell(
             {"event": "checked", "recipe": str(recipe), "outputs": [output.name for output in found.outputs]}, as_json
         )
         return
-    from gptoss_convert.convert.pipeline import Pipeline, Settings
-
     settings = Settings(device=device, threads=threads, locked=locked, renew=renew)
     show = (lambda label, total: nullcontext(lambda _: None)) if as_json else progress
     Pipeline(found, settings, show, lambda event: _tell(event, as_json)).run()
@@ -58,8 +62,11 @@ def command(
 
 def _tell(event: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(event, allow_nan=False), flush=True)
+        print_event(event)
         return
-    words = {"begin": "begins", "done": "done", "skipped": "is done already", "manifest": "manifest", "checked": "fits"}
+    words = {
+        "begin": "begins", "done": "done", "skipped": "is done already", "failed": "failed", "removed": "is removed",
+        "manifest": "manifest", "checked": "fits",
+    }  # fmt: skip
     what = event.get("step") or event.get("path") or event.get("recipe")
     print(f"{words[event['event']]:<16} {what}", file=sys.stdout, flush=True)

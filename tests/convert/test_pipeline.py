@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from support.checkpoints import SMALL, Model, write_hf
 from gptoss_convert.convert.exports import write as exporting
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.package import Package, Request
+from gptoss_convert.convert.exports.platforms import SERVES
 from gptoss_convert.convert.pipeline import Pipeline, Settings
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.recipe import read_recipe_file
@@ -65,18 +70,21 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
-@pytest.fixture(autouse=True)
-def a_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(exporting.PLATFORMS, "llama.cpp", package)
+@pytest.fixture(autouse=True, scope="module")
+def a_platform() -> Iterator[None]:
+    """llama.cpp takes everything, so that small models without a tokenizer can be exported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(exporting.PLATFORMS, "llama.cpp", package)
+        patch.delitem(SERVES, "llama.cpp")
+        yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(a_platform: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     write_hf(Model(SMALL), folder / "model")
     (folder / "chat.txt").write_text("The weights of a model are numbers, and they move from file to file.\n" * 60)
     (folder / "r.toml").write_text(RECIPE)
-    exporting.PLATFORMS["llama.cpp"] = package
     run(folder)
     return folder
 
@@ -115,8 +123,24 @@ def test_everything_is_made_and_named_in_the_manifest(finished: Path) -> None:
     assert int4["quality"]["gates"] == []
     assert int4["exports"][0]["folder"] == "exports/int4-llama.cpp"
     assert (finished / "build" / "exports" / "int4-llama.cpp" / "context.txt").read_text() == "100"
+    assert int4["quality"]["tensor_rms"] > 0
+    assert int4["exports"][0]["files"].keys() >= {f"exports/int4-llama.cpp/{n}" for n in ("context.txt", "SHA256SUMS")}
+    for name, digest in int4["exports"][0]["files"].items():
+        assert hashlib.sha256((finished / "build" / name).read_bytes()).hexdigest() == digest
     lock = json.loads((finished / "r.lock.json").read_text())
     assert lock["source"]["files"] == manifest["source"]["files"]
+
+
+def test_the_manifest_says_whether_quality_was_measured_on_the_calibration_text(folder: Path) -> None:
+    def held_out() -> bool:
+        return bool(json.loads((folder / "build" / "manifest.json").read_text())["outputs"][1]["quality"]["held_out"])
+
+    assert not held_out()
+    change(folder, "[[output]]", '[text.other]\nfile = "other.txt"\ntokens = 600\ncontext = 64\n\n[[output]]')
+    (folder / "other.txt").write_text("Of another kind is what stands here, and none of it was seen before.\n" * 60)
+    change(folder, 'compare = {text = "chat"', 'compare = {text = "other"')
+    assert run(folder, renew=True)[0] == ["source", "compare weighed"]
+    assert held_out()
 
 
 def test_the_second_run_does_nothing_and_writes_the_same_manifest(folder: Path) -> None:
@@ -186,6 +210,42 @@ def test_a_missed_limit_ends_the_run_as_a_failure_when_all_else_is_done(folder: 
     assert manifest["outputs"][2]["exports"] == []  # what misses its limits is not packaged
     with pytest.raises(ProofFailed):
         run(folder)
+
+
+def test_what_was_exported_is_taken_back_when_its_output_misses_a_limit(folder: Path) -> None:
+    change(folder, "compare = {report = false}", "compare = {report = false, fail_above = {tensor_rms = 0.0}}")
+    with pytest.raises(ProofFailed):
+        run(folder)
+    assert not (folder / "build" / "exports" / "int4-llama.cpp").exists()
+    change(folder, "tensor_rms = 0.0", "tensor_rms = 1.0")
+    assert run(folder)[0] == ["source", "compare int4", "export int4-llama.cpp"]
+
+
+def test_a_run_killed_at_every_stage_ends_with_the_same_artifacts(finished: Path, folder: Path) -> None:
+    """Each run is killed when it begins a step that no earlier one has begun."""
+    recipe = (folder / "r.toml").read_text().partition("export =")[0]
+    shutil.rmtree(folder / "build")
+    (folder / "r.toml").write_text(recipe)
+    begun: list[str] = []
+    ended = None
+    while ended is None:
+        command = [sys.executable, "-m", "gptoss_convert", "run", str(folder / "r.toml"), "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "begin" and event["step"] not in begun:
+                    begun.append(event["step"])
+                    time.sleep(0.1)
+                    process.kill()
+                    break
+            else:
+                ended = process.wait()
+    assert (ended, begun) == (0, STEPS[:-1])
+    before, now = (json.loads((place / "build" / "manifest.json").read_text()) for place in (finished, folder))
+    assert [o["files"] for o in now["outputs"]] == [o["files"] for o in before["outputs"]]
+    assert [o["quality"] for o in now["outputs"]] == [o["quality"] for o in before["outputs"]]
+    assert not list((folder / "build").rglob(".*"))
 
 
 def test_a_killed_run_goes_on_after_the_finished_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,16 @@ def test_the_schema_is_a_schema_and_every_property_of_an_option_is_described_or_
         ('for = "sagemaker"', 'far = "sagemaker"', 29, "far"),
         ('for = "sagemaker"', 'for = "../../somewhere"', 29, "somewhere"),
         ('out = "made"', 'outt = "made"', 1, "outt"),
+        ("tokens = 5000", "tokens = 5000.0", 8, "5000.0 is not of type 'integer'"),
+        ('for = "sagemaker"', 'for = "sagemaker"\ncontext = 4096.0', 30, "4096.0 is not of type 'integer'"),
+        ("kld = 0.05", "kld = nan", 19, "nan is not of type 'number'"),
+        ("kld = 0.05", "kld = inf", 19, "inf is not of type 'number'"),
+        ('name = "server"', 'name = "server\\n"', 22, "does not match"),
+        ('path = "model"', 'repo = "a/b"\nrevision = "' + "0" * 40 + '\\n"', 5, "does not match"),
+        ('path = "model"', 'path = "m"\nrepo = "a/b"\nrevision = "' + "0" * 40 + '"', 3, "path, repo, revision"),
+        ('path = "model"', 'path = "m"\nrepo = "a/b"', 3, "path, repo"),
+        ("[text.held-out]", '[text."held out"]', 10, "held out"),
+        ('to = "int4"', 'to = "gguf"\nwiden = "ct"', 24, "ct"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_line(
@@ -95,6 +105,10 @@ def test_what_does_not_fit_is_named_with_its_line(
     ("before", "after", "line", "what"),
     [
         ('name = "server"', 'name = "Laptop"', 22, "one name"),
+        ('name = "server"', 'name = "laptop.gguf"', 22, "one name"),
+        ('name = "server"', 'name = "laptop.gguf.certificate.json"', 22, "one name"),
+        ('to = "int4"', 'to = "int4"\nsplit_size = "4 apples"', 24, "not a size"),
+        ('to = "int4"', 'to = "int4"\nsplit_size = "0"', 24, "not a size"),
         ('calibration = "chat"', 'calibration = "cat"', 18, "no such text"),
         ('text = "held-out", ', 'text = "other", ', 19, "no such text"),
         ('text = "held-out", ', "", 19, "needs a text"),
@@ -106,6 +120,37 @@ def test_names_that_lead_nowhere_are_named_with_their_line(
     with pytest.raises(UsageError, match=what) as error:
         read(tmp_path, GOOD.replace(before, after))
     assert str(error.value.file).endswith(f"line {line}")
+
+
+def test_only_line_feeds_are_counted_as_lines(tmp_path: Path) -> None:
+    odd = GOOD.replace("# relative to this file", "# \u2028\x85").replace('type = "q3_k_s"', 'typ = "q3_k_s"')
+    with pytest.raises(BadInput) as error:
+        read(tmp_path, odd)
+    assert str(error.value.file).endswith("line 16")
+
+
+def test_what_a_form_needs_is_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as error:
+        read(tmp_path, GOOD.replace('path = "model"', 'repo = "a/b"'))
+    assert error.value.expected == "path, or repo and revision"
+    with pytest.raises(BadInput) as error:
+        read(tmp_path, GOOD.replace('method = "gptq"\n', ""))
+    assert error.value.found == "calibration"
+    assert "method" in str(error.value.expected)
+    with pytest.raises(BadInput) as error:
+        read(tmp_path, GOOD.replace('file = "held.txt"', 'path = "held.txt"'))
+    assert error.value.expected == "file, tokens, context"
+
+
+@pytest.mark.parametrize("size", ["4GB", "4GiB", "512MiB", "1.5 TB", "100000"])
+def test_sizes_are_those_of_the_command_line(tmp_path: Path, size: str) -> None:
+    assert read(tmp_path, GOOD.replace('to = "int4"', f'to = "int4"\nsplit_size = "{size}"'))
+
+
+@pytest.mark.parametrize("value", ["[" * 20_000 + "]" * 20_000, "1" * 5000])
+def test_what_no_reader_can_hold_is_bad_input(tmp_path: Path, value: str) -> None:
+    with pytest.raises(BadInput, match="not TOML"):
+        read(tmp_path, f"a = {value}\n{GOOD}")
 
 
 def test_what_is_no_toml_or_no_text_is_bad_input(tmp_path: Path) -> None:

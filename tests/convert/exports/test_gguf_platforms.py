@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from gptoss_convert.convert.exports.memory import Forecast, buffers, kv_cache
 from gptoss_convert.convert.exports.ollama import modelfile
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.progress import silent
-from gptoss_convert.errors import Refused, UsageError
+from gptoss_convert.errors import BadInput, Refused, UsageError
 
 DATA = Path(__file__).parents[2] / "data"
 TRAINED = DATA / "trained"
@@ -112,6 +113,43 @@ def test_another_template_than_the_certificates_is_refused(gguf: Path) -> None:
         artifact.source.companions = {**artifact.source.companions, "chat_template.jinja": b"{{ messages }}"}
         with pytest.raises(Refused, match="not the one that the model was converted with"):
             require_chat(artifact, "llama.cpp")
+
+
+ODD = "it's $(touch pwned) `x` | é.gguf"
+
+
+def test_a_file_of_any_name_is_one_word_of_every_command(
+    gguf: Path, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    odd = copied(gguf).rename(tmp_path / ODD)
+    for platform, command in (("lmstudio", "lms import "), ("huggingface", "llama-server -m ")):
+        lines = export(odd, tmp_path / platform, platform)["README.md"].splitlines()
+        (line,) = [line for line in lines if line.startswith(f"    {command}")]
+        assert shlex.split(line)[2].removeprefix("model/") == ODD
+    table = export(odd, tmp_path / "card", "huggingface")["README.md"].partition("## Size")[2]
+    assert "| `` it's $(touch pwned) `x` \\| é.gguf `` |" in table
+
+
+def test_a_name_of_two_lines_is_refused(gguf: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
+    odd = copied(gguf).rename(tmp_path / "a\nrm -rf.gguf")
+    for platform in PLATFORMS:
+        with pytest.raises((Refused, BadInput), match=r"cannot (name|stand in a list)"):
+            export(odd, tmp_path / "out", platform)
+
+
+@pytest.mark.parametrize("platform", ["ollama", "llama.cpp"])
+def test_names_are_ascii(gguf: Path, tmp_path: Path, platform: str) -> None:
+    with pytest.raises(UsageError, match="not a name"):
+        export(gguf, tmp_path / "out", platform, name="modèle")
+
+
+def test_first_steps_name_every_part(parts: Path, tmp_path: Path) -> None:
+    found = write.export(parts, tmp_path / "out", "lmstudio", Request(), show=silent)
+    *imports, last = found.first_steps
+    assert [shlex.split(step)[2] for step in imports] == sorted(p.name for p in parts.glob("*.gguf"))
+    assert last.startswith("mkdir -p")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"    {step}\n" in readme for step in found.first_steps)
 
 
 # --- the forecast -------------------------------------------------------------------------------------------------------

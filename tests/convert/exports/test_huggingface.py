@@ -19,7 +19,7 @@ from gptoss_convert.convert.exports import write
 from gptoss_convert.convert.exports.artifact import open_artifact
 from gptoss_convert.convert.exports.huggingface import card_matter
 from gptoss_convert.convert.exports.package import Request
-from gptoss_convert.convert.exports.push import push
+from gptoss_convert.convert.exports.push import push, require_pushable
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.verify import verify
 from gptoss_convert.errors import BadInput, DigestMismatch, NetworkError, Refused, UsageError
@@ -123,6 +123,36 @@ def test_a_folder_without_a_tokenizer_is_refused(
     (folder / "tokenizer.json").unlink()
     with pytest.raises(Refused, match=r"lacks tokenizer\.json"):
         export(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf"])
+def test_licence_and_base_model_of_the_sources_card_stay_what_they_are(
+    kind: str, convert: Callable[..., Any], copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = copied(TRAINED)
+    said = {
+        "license": "other",
+        "license_name": "our-terms",
+        "license_link": "https://x.org/t",
+        "base_model": "some/base",
+    }
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(said)}---\nHello\n")
+    artifact = tmp_path / ("m.gguf" if kind == "gguf" else "m")
+    convert(source, artifact, kind)
+    matter, text, found = export(artifact, tmp_path / "out")
+    assert {key: matter[key] for key in said} == said
+    assert "our-terms (https://x.org/t)" in text
+    assert not any("base model" in note for note in found.document["notes"])
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/b..c", "a/b.git", "a/b-", "é/b"])
+def test_what_the_hub_would_not_take_as_a_name_is_refused_before_any_work(
+    name: str, artifacts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="not a name for a repository"):
+        require_pushable("huggingface", name)
+    with pytest.raises(UsageError, match="not a name for a base model"):
+        export(artifacts / "m.gguf", tmp_path / "out", base_model=name)
 
 
 # --- quality ------------------------------------------------------------------------------------------------------------
