@@ -22,6 +22,7 @@ from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.chat_files import ChatFiles, require_chat_files
 from gptoss_convert.convert.exports.gguf import TEMPERATURE, TOP_K, TOP_P, provenance, served_context
 from gptoss_convert.convert.exports.memory import CONTEXTS
+from gptoss_convert.convert.exports.onnx_facts import caveats, loaded_by, resident, version_text
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.words import paragraph, size, table
 from gptoss_convert.convert.onnx_layout import Variant
@@ -42,14 +43,6 @@ _CHANNELS = (
     "Foundry Local's library knows nothing of harmony's channels: its answers may have `<|channel|>analysis` and the like in "
     "their text, and the application must part them"
 )
-_SLASHES = (
-    "onnxruntime-genai's tokenizer (0.14 to 0.18) parts slashes from a line's end before them, where OpenAI's keeps them "
-    "together: a tool's definition in the prompt is the same text in other tokens"
-)
-_RESIDENT = {
-    True: "They stay mapped from the file.",
-    False: "ONNX Runtime 1.26 leaves integer experts mapped from the file; from 1.31 on it copies them into memory, all at once.",
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     variant = variant_of(artifact.path)
     _require_loadable(artifact, variant, _runtime(request.engine))
     chat = require_chat_files(artifact, PLATFORM)
-    context, model = served_context(artifact, request), _model(artifact, request, variant)
+    context, model = _context(artifact, request, variant), _model(artifact, request, variant)
     made = Package(notes=[*chat.notes])
     inside: dict[str, bytes] = {
         GENAI: _genai_config(artifact, chat, context, made),
@@ -81,7 +74,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     if (certificate := amended_certificate(artifact, inside, PLATFORM)) is not None:
         made.files[model.folder + FOLDER_NAME] = certificate
     made.files["README.md"] = _readme(artifact, variant, model, context)
-    made.notes += [*_notes(variant), _CHANNELS, _SLASHES]
+    made.notes += [*_notes(variant), _CHANNELS]
     made.first_steps = [
         "foundry cache location",
         "copy the folder local into what that names",
@@ -93,7 +86,7 @@ def package(artifact: Artifact, request: Request) -> Package:
 
 def kv_cache(config: ModelConfig, variant: Variant, context: int) -> int:
     """Bytes of keys and values in f32, which onnxruntime-genai allocates for all of `context` at once."""
-    window = min(config.sliding_window, context) if variant.window_cache else context
+    window = config.sliding_window if variant.window_cache else context
     a_token = 2 * config.kv_rows * _F32
     return a_token * sum(window if slides else context for slides in config.sliding)
 
@@ -111,7 +104,7 @@ def _runtime(engine: str | None) -> tuple[int, int]:
     if not (major.isdecimal() and minor.isdecimal() and len(engine) < 9):
         raise UsageError(
             "--engine of foundry-local is the ONNX Runtime inside it", found=engine,
-            expected="; ".join(f"{_text(version)} ({what})" for version, what in RUNTIMES.items()) + "; or a later one",
+            expected="; ".join(f"{version_text(version)} ({what})" for version, what in RUNTIMES.items()) + "; or a later one",
         )  # fmt: skip
     return int(major), int(minor)
 
@@ -122,21 +115,27 @@ def _require_loadable(artifact: Artifact, variant: Variant, runtime: tuple[int, 
         return
     what = RUNTIMES.get(runtime, "--engine")
     raise Refused(
-        f"Foundry Local with ONNX Runtime {_text(runtime)} ({what}) does not load this folder", file=artifact.path,
-        found=f"experts {variant.experts}, which need ONNX Runtime {_text(needs)}" if variant.experts == "mxfp4"
-        else f"a cache of windows, which needs ONNX Runtime {_text(needs)}",
-        expected=f"what ONNX Runtime {_text(runtime)} loads",
+        f"Foundry Local with ONNX Runtime {version_text(runtime)} ({what}) does not load this folder", file=artifact.path,
+        found=f"experts {variant.experts}, which need ONNX Runtime {version_text(needs)}" if variant.experts == "mxfp4"
+        else f"a cache of windows, which needs ONNX Runtime {version_text(needs)}",
+        expected=f"what ONNX Runtime {version_text(runtime)} loads",
         remedy=_remedy(runtime) + ", which holds MXFP4 experts exactly as int8; or, of a Foundry Local with a later one, "
-        f"--engine {_text(needs)}",
+        f"--engine {version_text(needs)}",
     )  # fmt: skip
 
 
 def _remedy(runtime: tuple[int, int]) -> str:
-    return f"gptoss-convert convert SRC DIR --to onnx --onnx-runtime {_text(runtime)}"
+    return f"gptoss-convert convert SRC DIR --to onnx --onnx-runtime {version_text(runtime)}"
 
 
-def _text(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
+def _context(artifact: Artifact, request: Request, variant: Variant) -> int:
+    context, window = served_context(artifact, request), artifact.config.sliding_window
+    if variant.window_cache and context < window:
+        raise UsageError(
+            "ONNX Runtime computes nothing in less context than the window that its cache keeps", found=f"--context {context}",
+            expected=f"at least {window}",
+        )  # fmt: skip
+    return context
 
 
 def _model(artifact: Artifact, request: Request, variant: Variant) -> _Model:
@@ -175,14 +174,9 @@ def _genai_config(artifact: Artifact, chat: ChatFiles, context: int, made: Packa
 
 def _notes(variant: Variant) -> list[str]:
     needs = oldest_runtime(variant)
-    older = [f"{what} (ONNX Runtime {_text(version)})" for version, what in RUNTIMES.items() if version < needs]
+    older = [f"{what} (ONNX Runtime {version_text(version)})" for version, what in RUNTIMES.items() if version < needs]
     notes = [f"does not load in {' and '.join(older)}; for these {_remedy(min(RUNTIMES))}"] if older else []
-    if variant.experts == "int8":
-        notes.append(
-            "int8 experts: ONNX Runtime from 1.31 on rounds their activations to int8 (of a small random model's logits 1.7 % of "
-            "their spread), unless ORT_QMOE_CPU_QNBIT_GEMM=0 is in the environment; before 1.31 it does not"
-        )
-    return notes
+    return [*notes, *caveats(variant)]
 
 
 def _readme(artifact: Artifact, variant: Variant, model: _Model, context: int) -> bytes:
@@ -195,21 +189,21 @@ def _readme(artifact: Artifact, variant: Variant, model: _Model, context: int) -
         f"`{model.name}`. Or let Foundry Local look here: `foundry cache cd THIS_FOLDER`."
     )
     memory = (
-        f"Weights: {size(artifact.weight_bytes)}. {_RESIDENT[variant.experts == 'mxfp4']} Keys and values are f32, and their "
+        f"Weights: {size(artifact.weight_bytes)}. {resident(variant)} Keys and values are f32, and their "
         f"cache is allocated for `search.max_length` of `{GENAI}` ({context} tokens here) when a conversation begins. A prompt "
         f"is read {PREFILL} tokens at a time (`search.chunk_size`); the logits of such a piece are {size(logits(config))}."
     )
     contexts = sorted({context, *(n for n in CONTEXTS if n <= config.max_positions)})
     rows = ((n, size(kv_cache(config, variant, n))) for n in contexts)
     known = (
-        f"Foundry Local itself was not run. ONNX Runtime {_text(oldest_runtime(variant))} or later loads the folder. "
-        f"{_CHANNELS}. {_SLASHES}. Sampling is OpenAI's: temperature 1, nothing cut off."
+        f"Foundry Local itself was not run. {loaded_by(variant)} {_CHANNELS}. Sampling is OpenAI's: temperature 1, nothing cut "
+        "off."
     )
     blocks = [
         f"# {model.name} for Foundry Local\n", *map(paragraph, provenance(artifact)),
         f"    foundry cache location\n    cp -r local THAT_FOLDER/\n    foundry model run {model.name}\n", paragraph(what),
         paragraph("Held as: " + ", ".join(f"{part} {kind}" for part, kind in parts.items()) + "."),
         "## Memory\n", paragraph(memory), table(("context", "keys and values"), rows, "rr"),
-        "## What is known of it\n", paragraph(known), *map(paragraph, _notes(variant)),
+        "## What is known of it\n", paragraph(known), *(paragraph(note[0].upper() + note[1:] + ".") for note in _notes(variant)),
     ]  # fmt: skip
     return "\n".join(blocks).encode()

@@ -14,10 +14,12 @@ from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import KINDS, Artifact
 from gptoss_convert.convert.exports.chat import GENERATION, Chat, generation_config, require_chat
 from gptoss_convert.convert.exports.gguf import provenance
+from gptoss_convert.convert.exports.onnx_facts import caveats, loaded_by, resident
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.quality import quality_section
 from gptoss_convert.convert.exports.words import code, paragraph, shell_word, size, table
 from gptoss_convert.convert.model_card import front_matter
+from gptoss_convert.convert.source_onnx import variant_of
 from gptoss_convert.errors import UsageError
 
 PLATFORM = "huggingface"
@@ -48,6 +50,20 @@ _TRANSFORMERS = """\
     chat = pipeline("text-generation", model="{name}", dtype="auto", device_map="auto")
     print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=256)[0]["generated_text"][-1])
 """
+_GENAI = """\
+    import json
+    import onnxruntime_genai as og
+    model = og.Model("model")
+    tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model)
+    params.set_search_options(max_length=4096)
+    generator, words = og.Generator(model, params), tokenizer.create_stream()
+    messages = json.dumps([{{"role": "user", "content": "Hello!"}}])
+    prompt = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
+    generator.append_tokens(tokenizer.encode(prompt))
+    while not generator.is_done():
+        generator.generate_next_token()
+        print(words.decode(generator.get_next_tokens()[0]), end="", flush=True)
+"""
 _CARDS = {LOADING: "What loads it, from which version on, and what loads it wrongly", SOURCE_CARD: "The source's card"}
 _RUN = {
     "mxfp4": "    vllm serve {name}\n\n" + _TRANSFORMERS,
@@ -59,10 +75,7 @@ _RUN = {
         "    hf download {name} --local-dir model\n"
         "    llama-server -m {first} --jinja --temp 1.0 --top-p 1.0 --top-k 0 --min-p 0 -c 16384\n"
     ),
-    "onnx": (
-        "    hf download {name} --local-dir model\n"
-        '    python -c "import onnxruntime_genai as og; print(og.Model(\'model\'))"\n'
-    ),
+    "onnx": "    hf download {name} --local-dir model\n\n" + _GENAI,
 }  # fmt: skip
 
 
@@ -205,10 +218,18 @@ def model_card(
         "## Quality\n", measured,
         "## How to run\n", _RUN[artifact.kind].format(name=name, first=shell_word(artifact.weights[0], "model/")),
         paragraph("Sampling as OpenAI has it: temperature 1.0, top-p 1.0, nothing else cut off. Nothing here was run on a GPU."),
+        *_of_onnx(artifact),
         "## Chat\n", paragraph(f"The format is harmony: answers come in channels. Generation ends at {ends}. {chat.origin}"),
         "## Licence\n", paragraph(_terms(matter)),
     ]  # fmt: skip
     return "\n".join(blocks).encode()
+
+
+def _of_onnx(artifact: Artifact) -> list[str]:
+    if artifact.kind != "onnx":
+        return []
+    variant = variant_of(artifact.path)
+    return [paragraph(f"{loaded_by(variant)} {resident(variant)}"), paragraph(". ".join(caveats(variant)) + ".")]
 
 
 def _terms(matter: Mapping[str, Any]) -> str:

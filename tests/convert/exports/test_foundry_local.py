@@ -53,6 +53,15 @@ def scan(cache: Path) -> dict[str, Path]:
     return found
 
 
+def genai_first(folder: Path, ids: list[int]) -> Any:
+    """Logits after a prompt, in a conversation as long as genai_config.json lets it be."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = og.Model(str(folder))
+    generator = og.Generator(model, og.GeneratorParams(model))
+    generator.append_tokens(np.array([ids], np.int32))
+    return generator.get_logits()[0, -1]
+
+
 def reads(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "genai_config.json").read_text())
     return found
@@ -184,6 +193,12 @@ def test_the_context_is_what_genai_allocates_and_sampling_is_openais(folders: di
     assert reads(export(folders["1.31"], tmp_path / "b"))["search"]["max_length"] == 8192, "all that the model has"
     with pytest.raises(UsageError, match="more than the model has"):
         export(folders["1.31"], tmp_path / "c", context=8193)
+    with pytest.raises(UsageError, match="less context than the window") as error:
+        export(folders["1.31"], tmp_path / "c", context=7)
+    assert error.value.expected == "at least 8"
+    for runtime, context in (("1.31", 8), ("1.26", 3)):
+        place = export(folders[runtime], tmp_path / runtime, context=context)
+        assert np.isfinite(genai_first(place, [5] * 2)).all()
 
 
 def test_every_end_token_ends_generation(
@@ -237,4 +252,3 @@ def test_keys_and_values_of_the_release() -> None:
     windows = Variant("int8", "f32", "f32", "f32", "f32", window_cache=True)
     assert kv_cache(config, all_kept, 131072) == 24 * 131072 * 4096
     assert kv_cache(config, windows, 131072) == 12 * (131072 + 128) * 4096
-    assert kv_cache(config, windows, 100) == 24 * 100 * 4096

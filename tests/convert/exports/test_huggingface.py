@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +29,15 @@ from gptoss_convert.convert.verify import verify
 from gptoss_convert.errors import BadInput, DigestMismatch, NetworkError, Refused, UsageError
 
 TRAINED = Path(__file__).parents[2] / "data/trained"
-KINDS = {"mxfp4": "hf", "bf16": "bf16", "int4": "int4", "int8": "int8", "int8-g32": "int8-g32", "m.gguf": "gguf"}
+KINDS = {
+    "mxfp4": "hf",
+    "bf16": "bf16",
+    "int4": "int4",
+    "int8": "int8",
+    "int8-g32": "int8-g32",
+    "onnx": "onnx",
+    "m.gguf": "gguf",
+}
 REPO, TOKEN = "somebody/tiny", "hf_loopback"
 
 
@@ -75,7 +87,20 @@ def test_cards_that_were_there_keep_their_text(artifacts: Path, tmp_path: Path) 
     assert (tmp_path / "mxfp4/SOURCE_README.md").read_bytes() == (TRAINED / "README.md").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int4"])
+def test_the_code_in_an_onnx_card_runs(artifacts: Path, tmp_path: Path) -> None:
+    """As a reader copies it, but for a shorter answer."""
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    _, text, _ = export(artifacts / "onnx", tmp_path / "model")
+    (code,) = re.findall(r"hf download [^\n]+\n\n((?:    [^\n]*\n)+)", text)
+    script = textwrap.dedent(code).replace("max_length=4096", "max_length=200")
+    made = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert len(made.stdout) > 10
+    assert "ONNX Runtime 1.32 or later loads it" in text
+    assert "parts slashes" in text
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "int4", "onnx"])
 def test_certificate_and_sums_are_true_of_the_folder(name: str, artifacts: Path, tmp_path: Path) -> None:
     """So it verifies as it lies, and can be exported again."""
     export(artifacts / name, tmp_path / "out")
