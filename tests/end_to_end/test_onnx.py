@@ -211,3 +211,18 @@ def test_generation_ends_at_each_of_harmonys_end_tokens(made: Callable[..., Path
     table = json.loads((made() / "genai_config.json").read_text())["model"]
     assert table["eos_token_id"] == [SMALL.token_id(official) for official in (200002, 199999, 200012)]
     assert (table["bos_token_id"], table["pad_token_id"]) == (SMALL.token_id(199998), SMALL.token_id(199999))
+
+
+def test_sampling_in_genai_reaches_every_token(made: Callable[..., Path], small_model: Model) -> None:
+    """A tenth of the mass lies beyond the 50 likeliest tokens, where genai's own default ends."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    likely = np.argsort(-small_model.logits(IDS[:20])[-1].numpy())[:50]
+    model, beyond = og.Model(str(made())), 0
+    for seed in range(60):
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=21, random_seed=seed)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([IDS[:20]], np.int32))
+        generator.generate_next_token()
+        beyond += generator.get_sequence(0)[-1] not in likely
+    assert beyond
