@@ -9,7 +9,8 @@
 
     from 1.24   int4 and int8 experts; before it no runtime has blocks, sinks and the window right together (1.23 keeps one key
                 too many in a sliding window, 1.22 has no sinks)
-    from 1.31   layers that slide keep only their window (an attribute since 1.29, a genai_config key since genai 0.18)
+    from 1.31   layers that slide keep only their window (an attribute since 1.29, a genai_config key since genai 0.18), unless
+                the window is longer than the context: genai's caches must hold it
     from 1.32   MXFP4 experts, the release's own bytes; older runtimes refuse them
 """
 
@@ -19,6 +20,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.genai_config import genai_config
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.onnx_graph import build
@@ -31,6 +33,7 @@ from gptoss_convert.convert.onnx_layout import (
     cache_tensors,
     homes,
     placed,
+    require_runnable,
     yarn,
 )
 from gptoss_convert.convert.plan import OutFile, Place, Plan
@@ -39,7 +42,7 @@ from gptoss_convert.convert.source_safetensors import INDEX
 from gptoss_convert.convert.target_safetensors import plan_bf16
 from gptoss_convert.errors import UsageError
 from gptoss_convert.formats.onnx import model_bytes
-from gptoss_convert.kernels.rotary import tables
+from gptoss_convert.kernels.rotary import table_rows
 
 AUTO = "auto"
 NEWEST, OLDEST = (1, 32), (1, 24)
@@ -62,6 +65,7 @@ class Wanted:
 def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     """The plan of an ONNX folder."""
     config = source.config
+    require_runnable(config, source.path)
     variant = choose_variant(source, wanted)
     found = homes(config, variant)
     slots = {name: list(home.slots) for name, home in found.items()}
@@ -70,9 +74,7 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     tensors = placed(config, found)
     names = {tensor.name for tensor in cache_tensors(config)}
     plan.places = {t.name: Place(0, t.offset, t.nbytes) for t in tensors if t.name not in names}
-    cosines, sines = tables(yarn(config), config.max_positions)
-    between = cache_tensors(config)[1].offset - len(cosines)
-    plan.files = [OutFile(DATA_FILE, cosines + bytes(between) + sines, max(t.offset + t.nbytes for t in tensors))]
+    plan.files = [OutFile(DATA_FILE, _head(config), max(t.offset + t.nbytes for t in tensors))]
     plan.small = {MODEL_FILE: model_bytes(build(config, variant, tensors), DATA_FILE)}
     base = plan_bf16(source)
     plan.small |= {name: data for name, data in base.small.items() if name != INDEX}
@@ -80,8 +82,19 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     if wanted.name is not None:
         card = {"Name": wanted.name, "PromptTemplate": None}  # genai applies the template in the folder
         plan.small["inference_model.json"] = (json.dumps(card, indent=2) + "\n").encode()
-    plan.notes = [*base.notes, *notes, f"for ONNX Runtime {version} or later", *_notes(variant)]
+    plan.notes = [*base.notes, *notes, f"for ONNX Runtime {version} or later", *_notes(variant, config)]
     return plan
+
+
+def _head(config: ModelConfig) -> bytes:
+    """The data file's beginning: the rotary tables."""
+    cosines, sines = cache_tensors(config)
+    head = bytearray(sines.offset + sines.nbytes)
+    for first, *parts in table_rows(yarn(config), config.max_positions):
+        for table, rows in zip((cosines, sines), parts, strict=True):
+            at = table.offset + first * config.head_dim // 2 * 4
+            head[at : at + rows.nbytes] = rows.tobytes()
+    return bytes(head)
 
 
 def choose_variant(source: Source, wanted: Wanted) -> Variant:
@@ -102,7 +115,7 @@ def choose_variant(source: Source, wanted: Wanted) -> Variant:
         router=dense if wanted.router == AUTO else wanted.router,
         embedding="f32" if wanted.embedding == AUTO else wanted.embedding,
         head=dense if wanted.head == AUTO else wanted.head,
-        window_cache=version >= WINDOW_CACHE,
+        window_cache=version >= WINDOW_CACHE and source.config.sliding_window <= source.config.max_positions,
     )  # fmt: skip
     _check("--experts", experts, EXPERTS)
     for option, part in (("dense", "attention"), ("router", "router"), ("embedding", "embedding"), ("head", "head")):
@@ -135,8 +148,10 @@ def _version(text: str | None) -> tuple[int, int]:
     return min(version, NEWEST)
 
 
-def _notes(variant: Variant) -> list[str]:
+def _notes(variant: Variant, config: ModelConfig) -> list[str]:
     notes = []
+    if variant.window_cache and any(config.sliding):
+        notes.append(f"onnxruntime-genai's max_length must be {config.sliding_window} at least, the sliding window")
     if variant.experts == "mxfp4":
         notes.append("MXFP4 experts: correct on every processor, and very slow on those without AVX-512")
     if variant.experts == "int8":

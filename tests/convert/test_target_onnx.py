@@ -184,6 +184,7 @@ def spoil(path: Path, change: Callable[[bytes], bytes]) -> None:
         (MODEL_FILE, lambda b: b.replace(b'"experts": "mxfp4"', b'"experts": "mxfp5"'), "not this tool's"),
         (DATA_FILE, lambda b: b[:1000] + b"\1" + b[1001:], "rotary table"),
         (DATA_FILE, lambda b: b[:-1], "beyond the data file"),
+        (DATA_FILE, lambda b: b + b"\0", "goes on after its last tensor"),
         ("config.json", lambda b: b.replace(b'"sliding_window": 8', b'"sliding_window": 9'), "not the one that config"),
         ("config.json", lambda b: b.replace(b'"rope_theta": 40000', b'"rope_theta": 50000'), "rotary table"),
     ],
@@ -196,6 +197,17 @@ def test_a_changed_folder_is_refused(
     spoil(folder / file, change)
     assert (folder / file).read_bytes() != before
     with pytest.raises(BadInput, match=what):
+        open_source(folder)
+
+
+def test_another_machines_last_bit_of_a_cosine_is_no_corruption(
+    folders: dict[str, Path], copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(folders["mxfp4"])
+    spoil(folder / DATA_FILE, lambda b: b[:4096] + bytes([b[4096] ^ 1]) + b[4097:])
+    open_source(folder).close()
+    spoil(folder / DATA_FILE, lambda b: b[:4096] + bytes([b[4096] ^ 4]) + b[4097:])
+    with pytest.raises(BadInput, match="rotary table"):
         open_source(folder)
 
 
