@@ -21,6 +21,7 @@ import re
 from dataclasses import dataclass
 
 from gptoss_convert.config import ModelConfig
+from gptoss_convert.convert.companions import TEMPLATE
 from gptoss_convert.convert.genai_config import genai_config
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.onnx_graph import build
@@ -80,8 +81,13 @@ def plan_onnx(source: Source, wanted: Wanted) -> Plan:
     plan.small |= {name: data for name, data in base.small.items() if name != INDEX}
     plan.small["genai_config.json"], notes = genai_config(source, variant)
     if wanted.name is not None:
+        _require_name(wanted.name)
         card = {"Name": wanted.name, "PromptTemplate": None}  # genai applies the template in the folder
         plan.small["inference_model.json"] = (json.dumps(card, indent=2) + "\n").encode()
+    if TEMPLATE not in plan.small:
+        notes.append(
+            f"no {TEMPLATE} is written, the source has none: genai and Foundry Local cannot lay out a conversation"
+        )
     plan.notes = [*base.notes, *notes, f"for ONNX Runtime {version} or later", *_notes(variant, config)]
     return plan
 
@@ -100,15 +106,11 @@ def _head(config: ModelConfig) -> bytes:
 def choose_variant(source: Source, wanted: Wanted) -> Variant:
     """The variant for these wishes; UsageError for what does not exist or what the runtime would not load."""
     version = _version(wanted.runtime)
-    packed = all(view.encoding == "mxfp4" for name, view in source.views.items() if is_expert_matrix(name))
     experts = wanted.experts
     if experts == AUTO:
-        if not packed:
-            raise UsageError(
-                "ONNX has no form of these experts that loses nothing", found="experts that are not MXFP4",
-                remedy="say what to round them to: --experts mxfp4, int8 or int4",
-            )  # fmt: skip
-        experts = "mxfp4" if version >= MXFP4 else "int8"
+        experts = _lossless(source)
+        if experts == "mxfp4" and version < MXFP4:
+            experts = "int8"
     dense = "f32" if wanted.dense == AUTO else wanted.dense
     chosen = Variant(
         experts, dense,
@@ -128,9 +130,28 @@ def choose_variant(source: Source, wanted: Wanted) -> Variant:
     return chosen
 
 
+def _lossless(source: Source) -> str:
+    """The form that loses nothing of the source's experts."""
+    held = {view.encoding for name, view in source.views.items() if is_expert_matrix(name)}
+    own = {"mxfp4": "mxfp4", "int8_moe": "int8", "int4_moe": "int4"}
+    if len(held) > 1 or not held <= set(own):
+        raise UsageError(
+            "ONNX has no form of these experts that loses nothing", found=f"experts in {', '.join(sorted(held))}",
+            remedy="say what to round them to: --experts mxfp4, int8 or int4",
+        )  # fmt: skip
+    return own[held.pop()]
+
+
 def _check(option: str, asked: str, known: tuple[str, ...]) -> None:
     if asked not in known:
         raise UsageError(f"{option} cannot be {asked} in ONNX", expected=", ".join((AUTO, *known)))
+
+
+def _require_name(name: str) -> None:
+    if not name.strip() or not name.isprintable():
+        raise UsageError(
+            "--name is not a name", found=repr(name[:60]), expected="characters that can be seen, as in my-finetune-20b"
+        )
 
 
 def _version(text: str | None) -> tuple[int, int]:

@@ -181,7 +181,7 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F
         raise Refused(
             f"a value is too large for {codec}, whose scales are {'E4M3' if codec == 'nvfp4' else 'float16'}", tensor=tensor,
             found=f"{error.value:g} at row {row + error.row}, column {error.column}",
-            remedy="choose mxfp4, bf16 or f32 for this tensor",
+            remedy="choose mxfp4 or int8 for the experts" if codec == "int4_moe" else "choose mxfp4, bf16 or f32 for this tensor",
         ) from error  # fmt: skip
 
 

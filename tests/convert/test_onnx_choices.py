@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import SMALL, Model, write_bf16, write_hf
+from safetensors.torch import load_file, save_file
+from support.checkpoints import SMALL, Model, write_bf16, write_hf, write_original
 
 from gptoss_convert.cli import cli
-from gptoss_convert.convert.onnx_layout import MODEL_FILE
-from gptoss_convert.errors import Refused
+from gptoss_convert.convert.onnx_layout import DATA_FILE, MODEL_FILE
+from gptoss_convert.errors import Refused, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.onnx import E8M0, FLOAT, Tensor, read_header
 
@@ -138,6 +139,30 @@ def test_the_notes_say_what_the_runtime_does_with_the_experts(made: Made, expert
     assert unsaid not in notes
 
 
+@pytest.mark.parametrize("experts", ["int8", "int4"])
+def test_auto_keeps_the_integers_of_a_folder_of_ours(made: Made, tmp_path: Path, convert: Any, experts: str) -> None:
+    folder, _ = made(experts=experts)
+    outcome = convert(folder, tmp_path / "again", "onnx")
+    assert outcome.document["options"]["experts"] == experts
+    assert outcome.document["lost"] == []
+    for name in (MODEL_FILE, DATA_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("given", ["original", "hf"])
+def test_a_folder_without_a_template_says_so(
+    small_model: Model, tokenizer_folder: Path, tmp_path: Path, convert: Any, given: str
+) -> None:
+    if given == "hf":
+        write_hf(small_model, tmp_path / "in")
+    else:
+        write_original(small_model, tmp_path / "in")
+    plan = convert(tmp_path / "in", tmp_path / "onnx", "onnx", tokenizer=tokenizer_folder).plan
+    there = (tmp_path / "onnx" / "chat_template.jinja").exists()
+    assert there == (given == "hf")
+    assert any("no chat_template.jinja is written" in note for note in plan.notes) != there
+
+
 # --- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -170,3 +195,37 @@ def test_a_million_positions_are_converted_within_the_forecast(tmp_path: Path, s
     )
     run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert int(run.stdout.split()[-1]) * 1024 < forecast["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines", "\x1b[31m", "zero\0"])
+def test_a_name_that_cannot_be_seen_is_refused(made: Made, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="--name is not a name"):
+        made(name=name)
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("name", ['say "x"; rm -rf $(x) \\ {}', "größe-模型 20b"])
+def test_any_other_name_is_written_as_it_is(made: Made, name: str) -> None:
+    folder, _ = made(name=name)
+    assert json.loads((folder / "inference_model.json").read_text(encoding="utf-8"))["Name"] == name
+
+
+def test_allow_larger_is_not_silently_left_out(made: Made) -> None:
+    with pytest.raises(UsageError, match="--allow-larger is for --to gguf"):
+        made(allow_larger=True)
+
+
+def test_experts_too_large_for_int4_are_sent_to_forms_that_onnx_has(
+    small_model: Model, tmp_path: Path, convert: Any
+) -> None:
+    write_bf16(small_model, tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        held = load_file(path)
+        for name in held:
+            if name.endswith("gate_up_proj"):
+                held[name][1, 2, 3] = 1e6
+        save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(Refused, match="too large for int4_moe") as caught:
+        convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int4")
+    assert caught.value.remedy == "choose mxfp4 or int8 for the experts"
+    assert convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int8").target.exists()
