@@ -24,6 +24,7 @@ from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.inspect import inspect_source
 from gptoss_convert.convert.names import as_stack, canonical_shapes
 from gptoss_convert.convert.onnx_layout import DATA_FILE, MODEL_FILE
+from gptoss_convert.convert.proof import prove
 from gptoss_convert.convert.source import Layout, open_source
 from gptoss_convert.convert.verify import verify
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
@@ -240,6 +241,36 @@ def test_a_wrong_weight_in_the_artifact_fails_the_proof(
     with pytest.raises(ProofFailed, match="does not hold the source's values"):
         convert(hf_folder, tmp_path / "onnx", "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.embed_tokens.weight_Q4",
+        "model.layers.1.attn.qkv_proj.MatMul.weight_Q8",
+        "model.layers.0.moe.router.MatMul.weight_Q4",
+        "lm_head.MatMul.weight_Q8",
+        "model.layers.1.moe.experts.gate_up_proj.qweight",
+    ],
+)
+def test_one_wrong_code_in_rounded_weights_fails_the_proof(
+    hf_folder: Path, tmp_path: Path, convert: Any, tensor: str
+) -> None:
+    forms = {"experts": "int4", "dense": "int8", "embedding": "int4", "router": "int4"}
+    convert(hf_folder, tmp_path / "onnx", "onnx", **forms)
+    with SourceFile(tmp_path / "onnx" / MODEL_FILE) as file:
+        place = read_header(file).tensors[tensor]
+    spoil(tmp_path / "onnx" / DATA_FILE, lambda b: flipped(b, place.offset + place.nbytes // 3))
+    with (
+        open_source(hf_folder) as source,
+        open_source(tmp_path / "onnx") as artifact,
+        pytest.raises(ProofFailed, match="not where rounding puts it"),
+    ):
+        prove(source, artifact, threads=1, advance=lambda _: None)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
 
 
 # --- refused -----------------------------------------------------------------------------------------------------------

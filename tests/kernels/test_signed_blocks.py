@@ -10,6 +10,7 @@ from gptoss_convert.kernels.chunks import Mxfp4
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.floats import F32
 from gptoss_convert.kernels.inputs import Unfit
+from gptoss_convert.kernels.signed_blocks import FIXED, first_astray
 from gptoss_convert.kernels.witness import decode_unsigned
 from gptoss_convert.quant.encode import encode
 
@@ -130,3 +131,32 @@ def test_a_value_beyond_float16_scales_is_refused_with_its_place() -> None:
     with pytest.raises(Unfit) as caught:
         encoder(values, None)
     assert (caught.value.row, caught.value.column) == (1, 40)
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-38, 1e-37, 1e-30, 1e-8, 1e-7, 1e-6, 1e-5, 0.02, 1e4])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes"])
+def test_what_the_encoder_made_is_never_astray(name: str, size: float, kind: str) -> None:
+    encoder = CODECS[name].encode
+    assert encoder is not None
+    values = sample(kind) * np.float32(size)
+    assert first_astray(values, name, encoder(values, None)) is None
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_other_code_is_astray_and_named_by_its_place(name: str) -> None:
+    """But in float16's last digit: there a value in the middle between two codes may be held by either."""
+    encoder = CODECS[name].encode
+    assert encoder is not None
+    values = sample("float32")[:2, :64]
+    rows, block = encoder(values, None), {4: 20, 8: 36}[NAMES[name]]
+    seen = total = 0
+    for byte in (i for i in range(rows.shape[1]) if i % block >= 4):
+        for bit in range(8):
+            changed = rows.copy()
+            changed[1, byte] ^= 1 << bit
+            place = first_astray(values, name, changed)
+            column = byte // block * 32 + (byte % block - 4) * 8 // NAMES[name] + bit // NAMES[name]
+            assert place in (None, (1, column))
+            seen, total = seen + (place is not None), total + 1
+    assert seen > 0.99 * total
