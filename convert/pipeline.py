@@ -269,7 +269,9 @@ class Pipeline:
 
     def _convert(self, output: Output, source: Path, place: Path, wish: Wish) -> None:
         given = output.table
-        plain = ("experts", "dense", "type", "widen", "allow_larger", "proof")
+        plain = (
+            "experts", "dense", "embedding", "router", "head", "onnx_runtime", "type", "widen", "allow_larger", "proof",
+        )  # fmt: skip
         options = Options(
             given["to"],
             recipe=self.recipe.place(given["recipe"]) if "recipe" in given else None,

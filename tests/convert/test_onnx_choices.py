@@ -229,3 +229,17 @@ def test_experts_too_large_for_int4_are_sent_to_forms_that_onnx_has(
         convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int4")
     assert caught.value.remedy == "choose mxfp4 or int8 for the experts"
     assert convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int8").target.exists()
+
+
+def test_experts_too_small_for_int4_are_no_fault_of_the_conversion(
+    small_model: Model, tmp_path: Path, convert: Any
+) -> None:
+    write_bf16(small_model, tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        held = load_file(path)
+        for name in held:
+            if name.endswith("gate_up_proj"):
+                held[name][1] *= 1e-7
+        save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(Refused, match="too small for int4_moe"):
+        convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int4")
