@@ -183,6 +183,7 @@ def spoil(path: Path, change: Callable[[bytes], bytes]) -> None:
         (MODEL_FILE, lambda b: b[: len(b) // 2], "not a protocol buffer"),
         (MODEL_FILE, lambda b: b.replace(b"gptoss-convert.variant", b"gptoss-convert.variann"), "not this tool's"),
         (MODEL_FILE, lambda b: b.replace(b'"experts": "mxfp4"', b'"experts": "mxfp5"'), "not this tool's"),
+        (MODEL_FILE, lambda b: b.replace(b'"window_cache": true', b'"window_cache": 1   '), "not this tool's"),
         (DATA_FILE, lambda b: b[:1000] + b"\1" + b[1001:], "rotary table"),
         (DATA_FILE, lambda b: b[:-1], "beyond the data file"),
         (DATA_FILE, lambda b: b + b"\0", "goes on after its last tensor"),
