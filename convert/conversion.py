@@ -133,6 +133,11 @@ def make_plan(
             require_bits_kept(source, plan, options.experts, options.dense)
     elif options.to == "onnx":
         plan = plan_onnx(source, _wanted(options))
+        if options.base is not None and plan.options["experts"] != "mxfp4":
+            raise UsageError(
+                "--base is for experts that become MXFP4, as the release's are", found=f"{plan.options['experts']} experts",
+                remedy="leave --base out to round the fine-tune itself, or ask for --experts mxfp4",
+            )  # fmt: skip
     else:
         planners = {
             "hf": plan_hf,
@@ -235,7 +240,7 @@ def _check_gguf_name(target: Path, options: Options) -> None:
         raise UsageError("a GGUF's name ends in .gguf", found=target.name, remedy=f"name it {target.name}.gguf")
 
 
-_OF_GGUF = {"type": "gguf", "recipe": "gguf", "widen": "gguf"}
+_OF_GGUF = {"type": "gguf", "recipe": "gguf", "widen": "gguf", "allow_larger": "gguf"}
 _OF_BOTH = {"experts": "gguf or onnx", "dense": "gguf or onnx", "name": "gguf or onnx"}
 _OF_ONNX = {"embedding": "onnx", "router": "onnx", "head": "onnx", "onnx_runtime": "onnx"}
 
@@ -243,7 +248,7 @@ _OF_ONNX = {"embedding": "onnx", "router": "onnx", "head": "onnx", "onnx_runtime
 def _refuse(options: Options, foreign: Mapping[str, str]) -> None:
     """UsageError for an option that is for other targets. foreign: option → these targets."""
     for name, targets in foreign.items():
-        if getattr(options, name) not in ("auto", None):
+        if getattr(options, name) not in ("auto", None, False):
             what = "--" + name.replace("_", "-")
             raise UsageError(f"{what} is for --to {targets}", found=f"--to {options.to}", remedy=f"leave {what} out")
 
@@ -373,7 +378,7 @@ def open_base(options: Options) -> Iterator[Source | None]:
     if options.base is None:
         yield None
         return
-    if options.to not in ("gguf", "hf", "original"):
+    if options.to not in ("gguf", "hf", "original", "onnx"):
         raise UsageError("--base is for targets with MXFP4 experts", found=f"--to {options.to}")
     with open_source(options.base) as release:
         release.require_sound()

@@ -30,8 +30,9 @@ def genai_config(source: Source, variant: Variant) -> tuple[bytes, list[str]]:
         "type": "gptoss",
         "vocab_size": source.config.vocab,
     }
-    table = {"model": model, "search": _search(source.config.max_positions)}
-    return (json.dumps(table, indent=4) + "\n").encode(), notes
+    sampling, unread = _sampling(source)
+    table = {"model": model, "search": {**_search(source.config.max_positions), **sampling}}
+    return (json.dumps(table, indent=4) + "\n").encode(), notes + unread
 
 
 def _decoder(source: Source, variant: Variant) -> dict[str, Any]:
@@ -78,9 +79,42 @@ def _search(context: int) -> dict[str, Any]:
         "past_present_share_buffer": True,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
-        "top_k": 50,
+        "top_k": 0,  # no cut: OpenAI's sampling, where transformers and the builder cut at 50
         "top_p": 1.0,
     }
+
+
+def _sampling(source: Source) -> tuple[dict[str, Any], list[str]]:
+    """What the source's own generation_config.json says of sampling, and notes on what of it genai would not take."""
+    table, vocab = _generation(source), source.config.vocab
+    found: dict[str, Any] = {}
+    notes = []
+    if isinstance(table.get("do_sample"), bool):
+        found["do_sample"] = table["do_sample"]
+    for key, low, high in (
+        ("temperature", 0, 100),
+        ("top_p", 0, 1),
+        ("repetition_penalty", 0, 100),
+        ("top_k", -1, 1 << 31),
+    ):
+        value = table.get(key)
+        if value is None:
+            continue
+        wrong = isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+        if wrong or (value == 0 and key in ("top_p", "repetition_penalty")) or (key == "top_k" and value != int(value)):
+            notes.append(f"genai_config.json has its own {key}: {GENERATION}'s is out of range, {str(value)[:20]!r}")
+        elif key == "top_k":
+            found[key] = int(value) if 0 < value < vocab else 0
+        else:
+            found[key] = float(value)
+    return found, notes
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    """generation_config.json, empty where there is none."""
+    if GENERATION not in source.companions:
+        return {}
+    return parse_json(companion_bytes(source.companions[GENERATION]), GENERATION)
 
 
 def _end_tokens(source: Source) -> tuple[list[int], list[str]]:
@@ -88,9 +122,7 @@ def _end_tokens(source: Source) -> tuple[list[int], list[str]]:
     by_text = added_ids(source.companions)
     found = [by_text[text] for text in END_TOKENS if text in by_text]
     missing = [text for text in END_TOKENS if text not in by_text]
-    listed: Any = None
-    if GENERATION in source.companions:
-        listed = parse_json(companion_bytes(source.companions[GENERATION]), GENERATION).get("eos_token_id")
+    listed: Any = _generation(source).get("eos_token_id")
     more = listed if isinstance(listed, list) else [listed, source.config.token_ids.get("eos")]
     found += [i for i in more if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < source.config.vocab]
     notes = [f"genai_config.json cannot name {', '.join(missing)}: the tokenizer does not have it"] if missing else []

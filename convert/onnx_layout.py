@@ -45,6 +45,8 @@ COSINES, SINES = "cos_cache", "sin_cache"
 BITS = {"int4": 4, "int8": 8}
 EXPERTS, DENSE = ("mxfp4", "int8", "int4"), ("f32", "int8", "int4")
 METADATA = "gptoss-convert.variant"
+HEAD_STEP = 16  # GroupQueryAttention turns no other widths of a head
+MOST_TABLE_BYTES = 1 << 28  # a million positions of heads 64 wide; runtimes and this tool hold them in memory
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,28 @@ def _groups(name: str, columns: int) -> int:
             expected=f"a multiple of {GROUP}", remedy="write this part as f32",
         )  # fmt: skip
     return columns // GROUP
+
+
+def require_runnable(config: ModelConfig, where: object) -> None:
+    """Refuse a configuration that ONNX Runtime's operators do not compute, or whose rotary tables are beyond all measure."""
+    if config.head_dim % HEAD_STEP:
+        raise Refused(
+            "ONNX Runtime's attention turns no heads of this width", file=where, found=f"head_dim {config.head_dim}",
+            expected=f"a multiple of {HEAD_STEP}", remedy="convert to gguf, hf or bf16 instead",
+        )  # fmt: skip
+    if config.rope_theta <= 1:
+        raise Refused(
+            "YaRN has no frequencies for this base", file=where, found=f"rope_theta {config.rope_theta:g}",
+            expected="more than 1", remedy="the configuration is wrong; transformers cannot compute it either",
+        )  # fmt: skip
+    size = sum(tensor.nbytes for tensor in cache_tensors(config))
+    if size > MOST_TABLE_BYTES:
+        raise Refused(
+            "the rotary tables of so many positions are too large for a graph", file=where,
+            found=f"max_position_embeddings {config.max_positions:,}: {size:,} bytes",
+            expected=f"at most {MOST_TABLE_BYTES:,} bytes, {config.max_positions * MOST_TABLE_BYTES // size:,} positions",
+            remedy="lower max_position_embeddings in config.json to what will be served",
+        )  # fmt: skip
 
 
 def cache_tensors(config: ModelConfig) -> tuple[Tensor, Tensor]:

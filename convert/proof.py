@@ -4,7 +4,7 @@ Two independent comparisons:
 
 1. **Tensor by tensor.** The artifact is opened by the same readers as any source. Each canonical tensor's rows are compared
    with the source's: *byte-equal* (the very bits in canonical encoding), *value-equal* (every number the same, −0 = 0), or
-   the measured error.
+   the measured error. Where a fixed rule rounds (`signed_blocks.FIXED`), each value must lie within half a step of the source's.
 2. **Expert by expert.** For every layer and expert the MoE forward pass on asymmetric probes, computed from the raw tensors of
    each side by its own format's words (`witness.py`), must agree within what (1) measured. A conversion whose reader and
    writer share one mistake passes (1) and fails here.
@@ -231,7 +231,17 @@ def _compare(source: Source, artifact: Source, name: str, rows: _Range) -> list[
         kept = artifact.kept
         return values if kept is None else kept_only(kept, name, rows.expert, rows.start + first, values)
 
-    return [compare_leaf(a.select(part), b.select(part), part.start, reference) for part in parts]
+    leaves = [compare_leaf(a.select(part), b.select(part), part.start, reference) for part in parts]
+    for leaf in leaves:
+        if leaf.astray is not None:
+            row, column = leaf.astray
+            raise ProofFailed(
+                "a value of the artifact is not where rounding puts it", file=artifact.path, tensor=name,
+                found=f"expert {rows.expert}, row {rows.start + row}, column {column}",
+                expected=f"within half a step of {encoding_name(artifact.views[name])}",
+                remedy="a fault of the conversion or of the disk; nothing was written. Run it again, and report it if it stays",
+            )  # fmt: skip
+    return leaves
 
 
 def _tensor_proof(name: str, shape: Shape, leaves: list[Leaf], source: Source, artifact: Source) -> TensorProof:

@@ -11,15 +11,19 @@ import blake3
 import numpy as np
 
 from gptoss_convert.kernels import mxfp4
-from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4
+from gptoss_convert.kernels.chunks import ROWS_AT_ONCE, Chunk, Mxfp4, Rows
 from gptoss_convert.kernels.codecs import encode_float
 from gptoss_convert.kernels.experts import differences
 from gptoss_convert.kernels.floats import F32
+from gptoss_convert.kernels.signed_blocks import FIXED, first_astray
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """What came of a leaf: digests, values that differ, Σ of squared errors and of squares, the largest error."""
+    """What came of a leaf: digests, values that differ, Σ of squared errors and of squares, the largest error.
+
+    astray: (row, column) of a value that the codec's rule cannot have put where it is.
+    """
 
     same_bytes: bool
     digest: bytes
@@ -29,6 +33,7 @@ class Leaf:
     square: float
     largest: float
     lost: float = 0.0  # squares of what a cut file has dropped
+    astray: tuple[int, int] | None = None
 
 
 def values_dtype(encoding: str) -> str:
@@ -41,15 +46,20 @@ def compare_leaf(a: Chunk, b: Chunk, first: int, reference: Callable[[int, F32],
     if a.same_bytes(b):
         return Leaf(True, digest := leaf_digest(a), digest, 0, 0.0, 0.0, 0.0)
     count, error, square, largest, lost = 0, 0.0, 0.0, 0.0, 0.0
+    astray: tuple[int, int] | None = None
     for start in range(0, a.shape[0], ROWS_AT_ONCE):
-        x, y = (chunk.select(slice(start, start + ROWS_AT_ONCE)).values() for chunk in (a, b))
+        part = b.select(slice(start, start + ROWS_AT_ONCE))
+        x, y = a.select(slice(start, start + ROWS_AT_ONCE)).values(), part.values()
         wanted = reference(first + start, x)
+        if astray is None and isinstance(part, Rows) and part.encoding in FIXED:
+            place = first_astray(wanted, part.encoding, part.data)
+            astray = place and (first + start + place[0], place[1])
         found = differences(wanted, y)
         dropped, loss, *_ = (0, 0.0) if wanted is x else differences(wanted, x)
         count, error, square = count + found[0] + dropped, error + found[1], square + found[2]
         largest, lost = max(largest, found[3]), lost + loss
     digest = leaf_digest(a)
-    return Leaf(False, digest, leaf_digest(b) if count else digest, count, error, square, largest, lost)
+    return Leaf(False, digest, leaf_digest(b) if count else digest, count, error, square, largest, lost, astray)
 
 
 def leaf_digest(chunk: Chunk) -> bytes:

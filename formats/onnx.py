@@ -168,7 +168,7 @@ def read_header(file: SourceFile) -> Header:
 
 
 def require_ranges(header: Header, model: SourceFile, data: SourceFile) -> None:
-    """Every tensor must lie inside the data file, with as many bytes as its shape has."""
+    """Every tensor must lie inside the data file, with as many bytes as its shape has; the file ends with the last one."""
     for tensor in header.tensors.values():
         if tensor.raw is None and not 0 <= tensor.offset <= data.size - tensor.nbytes:
             raise BadInput(
@@ -176,6 +176,12 @@ def require_ranges(header: Header, model: SourceFile, data: SourceFile) -> None:
                 found=f"{tensor.nbytes} bytes at {tensor.offset}", expected=f"within {data.size} bytes",
                 remedy="the download or the copy is not complete",
             )  # fmt: skip
+    end = max((t.offset + t.nbytes for t in header.tensors.values() if t.raw is None), default=0)
+    if data.size != end:
+        raise BadInput(
+            "the data file goes on after its last tensor", file=data.path, found=f"{data.size} bytes",
+            expected=f"{end} bytes", remedy="it is of another model, or was changed; fetch it again",
+        )  # fmt: skip
 
 
 def _read_tensor(data: memoryview, file: SourceFile) -> tuple[Tensor, str]:

@@ -15,6 +15,7 @@ not the same on every processor.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,11 +123,15 @@ def attention_factor(yarn: Yarn) -> float:
 
 def tables(yarn: Yarn, positions: int) -> tuple[bytes, bytes]:
     """Cosines and sines, each float32 [positions, dim/2], little-endian."""
+    parts = [(cosines.tobytes(), sines.tobytes()) for _, cosines, sines in table_rows(yarn, positions)]
+    return b"".join(part[0] for part in parts), b"".join(part[1] for part in parts)
+
+
+def table_rows(yarn: Yarn, positions: int) -> Iterator[tuple[int, F32, F32]]:
+    """The same some positions at a time: (first position, cosines, sines), each f32 [up to ROWS, dim/2], little-endian."""
     f, scale = frequencies(yarn), np.float32(attention_factor(yarn))
-    cosines, sines = bytearray(), bytearray()
     for start in range(0, positions, ROWS):
         places = np.arange(start, min(start + ROWS, positions), dtype=np.float32)
         angles = (places[:, None] * f).astype(np.float64)
-        cosines += (np.cos(angles).astype("<f4") * scale).astype("<f4").tobytes()
-        sines += (np.sin(angles).astype("<f4") * scale).astype("<f4").tobytes()
-    return bytes(cosines), bytes(sines)
+        cosines, sines = ((made(angles).astype("<f4") * scale).astype("<f4") for made in (np.cos, np.sin))
+        yield start, cosines, sines

@@ -30,6 +30,7 @@ from gptoss_convert.kernels.mxfp4 import HALF_SCALE
 
 INT4, INT8 = (4, GROUP // 2), (4, GROUP)  # bytes of a block's scale and codes
 FIXED = ("int4_mm", "int8_mm", "int4_moe")
+STEP_SLACK = 1e-3  # of a step, for the order of float32 operations
 LEAST = np.float32(2.0**-23)  # the builder's scale of a block that has none worth the name
 _F16_MAX = np.float32(65504)
 
@@ -52,6 +53,39 @@ def _scaled(scales: U8, codes: U8, zero: int) -> F32:
     with np.errstate(over="ignore", invalid="ignore"):
         q *= factors[..., None]
     return q.reshape(len(scales), -1)
+
+
+def first_astray(values: F32, codec: str, rows: U8) -> tuple[int, int] | None:
+    """(row, column) of the first of values f32 [R, C] that a codec of FIXED cannot have put where `rows` hold it, or None.
+
+    Rounding leaves a value within half a step; the top code alone also takes the extreme of the other sign, a step beyond it.
+    """
+    scales, codes = split(codec, rows)
+    if codes.shape[1] < values.shape[1]:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(values.shape)
+    half, float16 = (128 if codec == "int8_mm" else 8), codec == "int4_moe"
+    found = int(_first_astray(np.ascontiguousarray(values, np.float32), scales.view("<f4"), codes, half, float16))
+    return None if found < 0 else (found // values.shape[1], found % values.shape[1])
+
+
+@njit(cache=True, nogil=True)
+def _first_astray(values: Any, scales: Any, codes: Any, half: Any, float16: Any) -> Any:
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            scale, code = np.float64(scales[row, column // 32]), np.int64(codes[row, column])
+            size = abs(scale)
+            off = np.float64(values[row, column]) - scale * (code - half)
+            if scale < 0:
+                off = -off
+            room = (0.5 + STEP_SLACK) * size
+            if float16:
+                room += half * max(size * 2.0**-11, 2.0**-25)  # codes were found with the scale before its rounding
+            elif size <= 2.0**-126:
+                room = half * ((1 + STEP_SLACK) * size + 2.0**-149)  # such a block becomes zeros
+            above = room + 0.5 * size if code == 2 * half - 1 else room
+            if not -room <= off <= above:
+                return row * values.shape[1] + column
+    return -1
 
 
 def int4_mm_encode(values: F32, importance: F32 | None) -> U8:

@@ -30,7 +30,20 @@ from gptoss_convert.kernels.inputs import Unfit, require_finite
 
 EXPERT_CODECS = ("mxfp4", "q8_0", "q5_0", "bf16", "f16", "f32")
 DENSE_CODECS = ("bf16", "f16", "f32", "q8_0")
-NVFP4_LOSES_AT_MOST = 0.3  # relative, of some rows; rounding to four bits with fitting scales costs a third of that
+FOUR_BITS_LOSE_AT_MOST = 0.3  # relative, of some rows; rounding to four bits with fitting scales costs a third of that
+# Four-bit codecs whose scales end where values of a model may go on: what is said, the least scale, what to do.
+_FAINT = {
+    "nvfp4": (
+        "the values are too small for NVFP4 without a scale of the whole tensor, which llama.cpp's gpt-oss does not read",
+        "2^-9",
+        "choose mxfp4, q8_0 or bf16 for this tensor",
+    ),
+    "int4_moe": (
+        "the values are too small for int4_moe, whose scales are float16",
+        "2^-23",
+        "choose mxfp4 or int8 for the experts",
+    ),
+}
 
 
 def fate(source: str, target: str) -> str:
@@ -82,8 +95,8 @@ def encode(
         return gain.restore_by_importance(data, codec, values, importance)
 
     data = _by_rows(chunk, rows_of)
-    if codec == "nvfp4":
-        _refuse_faint(chunk, data, tensor, first_row)
+    if codec in _FAINT:
+        _refuse_faint(chunk, data, codec, tensor, first_row)
     return data
 
 
@@ -149,21 +162,22 @@ def _transcode_nvfp4(chunk: Mxfp4, tensor: str, first_row: int, importance: F32 
     return data
 
 
-def _refuse_faint(chunk: Chunk, data: U8, tensor: str, first_row: int) -> None:
-    """Refuse rows that lost too much in NVFP4, which only values below its scales do."""
+def _refuse_faint(chunk: Chunk, data: U8, codec: str, tensor: str, first_row: int) -> None:
+    """Refuse rows that lost too much in a codec of _FAINT, which only values below its scales do."""
     error = total = 0.0
     for start in range(0, chunk.shape[0], ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         values = chunk.select(part).values()
-        error += float(np.square(nvfp4.nvfp4_decode(data[part]) - values, dtype=np.float64).sum())
+        error += float(np.square(CODECS[codec].decode(data[part]) - values, dtype=np.float64).sum())
         total += float(np.square(values, dtype=np.float64).sum())
-    if error > NVFP4_LOSES_AT_MOST**2 * total:
+    if error > FOUR_BITS_LOSE_AT_MOST**2 * total:
+        what, least, remedy = _FAINT[codec]
         raise Refused(
-            "the values are too small for NVFP4 without a scale of the whole tensor, which llama.cpp's gpt-oss does not read",
+            what,
             tensor=tensor,
             found=f"a relative error of {(error / total) ** 0.5:.2g} in the {chunk.shape[0]} rows from row {first_row}",
-            expected=f"at most {NVFP4_LOSES_AT_MOST}; the smallest scale is 2^-9",
-            remedy="choose mxfp4, q8_0 or bf16 for this tensor",
+            expected=f"at most {FOUR_BITS_LOSE_AT_MOST}; the smallest scale is {least}",
+            remedy=remedy,
         )
 
 
@@ -181,7 +195,7 @@ def _encode_values(values: F32, codec: str, tensor: str, row: int, importance: F
         raise Refused(
             f"a value is too large for {codec}, whose scales are {'E4M3' if codec == 'nvfp4' else 'float16'}", tensor=tensor,
             found=f"{error.value:g} at row {row + error.row}, column {error.column}",
-            remedy="choose mxfp4, bf16 or f32 for this tensor",
+            remedy="choose mxfp4 or int8 for the experts" if codec == "int4_moe" else "choose mxfp4, bf16 or f32 for this tensor",
         ) from error  # fmt: skip
 
 

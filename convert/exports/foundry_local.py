@@ -20,7 +20,7 @@ from gptoss_convert.convert.certificate import FOLDER_NAME
 from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.chat_files import ChatFiles, require_chat_files
-from gptoss_convert.convert.exports.gguf import TEMPERATURE, TOP_K, TOP_P, provenance, served_context
+from gptoss_convert.convert.exports.gguf import provenance, served_context
 from gptoss_convert.convert.exports.memory import CONTEXTS
 from gptoss_convert.convert.exports.onnx_facts import caveats, loaded_by, resident, version_text
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
@@ -152,7 +152,7 @@ def _model(artifact: Artifact, request: Request, variant: Variant) -> _Model:
 
 
 def _genai_config(artifact: Artifact, chat: ChatFiles, context: int, made: Package) -> bytes:
-    """genai_config.json with this context, prompts in pieces, OpenAI's sampling, and every end token."""
+    """genai_config.json with this context, prompts in pieces, and every end token; what it says of sampling stays."""
     place = artifact.files[GENAI]
     document = parse_json(place.read_bytes(), place)
     model, search = (document.get(part) for part in ("model", "search"))
@@ -167,8 +167,7 @@ def _genai_config(artifact: Artifact, chat: ChatFiles, context: int, made: Packa
     if missing:
         model["eos_token_id"] = [*(i for i in listed if i is not None), *missing]
         made.notes.append(f"{GENAI} was completed: every end token stops generation")
-    search |= {"max_length": context, "chunk_size": PREFILL, "do_sample": True, "temperature": TEMPERATURE}
-    search |= {"top_p": TOP_P, "top_k": TOP_K}
+    search |= {"max_length": context, "chunk_size": PREFILL}
     return (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
 
 
@@ -196,8 +195,8 @@ def _readme(artifact: Artifact, variant: Variant, model: _Model, context: int) -
     contexts = sorted({context, *(n for n in CONTEXTS if n <= config.max_positions)})
     rows = ((n, size(kv_cache(config, variant, n))) for n in contexts)
     known = (
-        f"Foundry Local itself was not run. {loaded_by(variant)} {_CHANNELS}. Sampling is OpenAI's: temperature 1, nothing cut "
-        "off."
+        f"Foundry Local itself was not run. {loaded_by(variant)} {_CHANNELS}. Sampling is what `{GENAI}` says: the source's own, "
+        "or OpenAI's, temperature 1 and nothing cut off."
     )
     blocks = [
         f"# {model.name} for Foundry Local\n", *map(paragraph, provenance(artifact)),

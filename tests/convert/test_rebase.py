@@ -52,7 +52,9 @@ def tune(folder: Path, change: Change) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("to", "name"), [("hf", "out"), ("gguf", "out.gguf"), ("original", "original")])
+@pytest.mark.parametrize(
+    ("to", "name"), [("hf", "out"), ("gguf", "out.gguf"), ("original", "original"), ("onnx", "onnx")]
+)
 def test_unchanged_blocks_keep_the_release_bytes(folder: Path, tmp_path: Path, to: str, name: str) -> None:
     options = Options(to=to, experts="mxfp4" if to == "gguf" else "auto", base=folder / "release")
     outcome = convert(folder / "tuned", tmp_path / name, options, silent)
@@ -120,6 +122,13 @@ def test_a_base_is_refused_unless_every_expert_becomes_mxfp4(
     assert error.value.remedy is not None
     assert "leave --base out" in error.value.remedy
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("choice", [{"experts": "int8"}, {"experts": "int4"}, {"onnx_runtime": "1.28"}], ids=str)
+def test_a_base_is_refused_for_integer_experts_of_onnx(folder: Path, tmp_path: Path, choice: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--base is for experts that become MXFP4"):
+        convert(folder / "tuned", tmp_path / "m", Options(to="onnx", base=folder / "release", **choice), silent)
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_base_is_refused_for_a_target_without_mxfp4(folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from gptoss_convert.convert.dry_run import foresee
 from gptoss_convert.convert.inspect import inspect_source
 from gptoss_convert.convert.names import as_stack, canonical_shapes
 from gptoss_convert.convert.onnx_layout import DATA_FILE, MODEL_FILE
+from gptoss_convert.convert.proof import prove
 from gptoss_convert.convert.source import Layout, open_source
 from gptoss_convert.convert.verify import verify
 from gptoss_convert.errors import BadInput, ProofFailed, Refused, UsageError
@@ -182,8 +183,10 @@ def spoil(path: Path, change: Callable[[bytes], bytes]) -> None:
         (MODEL_FILE, lambda b: b[: len(b) // 2], "not a protocol buffer"),
         (MODEL_FILE, lambda b: b.replace(b"gptoss-convert.variant", b"gptoss-convert.variann"), "not this tool's"),
         (MODEL_FILE, lambda b: b.replace(b'"experts": "mxfp4"', b'"experts": "mxfp5"'), "not this tool's"),
+        (MODEL_FILE, lambda b: b.replace(b'"window_cache": true', b'"window_cache": 1   '), "not this tool's"),
         (DATA_FILE, lambda b: b[:1000] + b"\1" + b[1001:], "rotary table"),
         (DATA_FILE, lambda b: b[:-1], "beyond the data file"),
+        (DATA_FILE, lambda b: b + b"\0", "goes on after its last tensor"),
         ("config.json", lambda b: b.replace(b'"sliding_window": 8', b'"sliding_window": 9'), "not the one that config"),
         ("config.json", lambda b: b.replace(b'"rope_theta": 40000', b'"rope_theta": 50000'), "rotary table"),
     ],
@@ -196,6 +199,17 @@ def test_a_changed_folder_is_refused(
     spoil(folder / file, change)
     assert (folder / file).read_bytes() != before
     with pytest.raises(BadInput, match=what):
+        open_source(folder)
+
+
+def test_another_machines_last_bit_of_a_cosine_is_no_corruption(
+    folders: dict[str, Path], copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(folders["mxfp4"])
+    spoil(folder / DATA_FILE, lambda b: b[:4096] + bytes([b[4096] ^ 1]) + b[4097:])
+    open_source(folder).close()
+    spoil(folder / DATA_FILE, lambda b: b[:4096] + bytes([b[4096] ^ 4]) + b[4097:])
+    with pytest.raises(BadInput, match="rotary table"):
         open_source(folder)
 
 
@@ -228,6 +242,36 @@ def test_a_wrong_weight_in_the_artifact_fails_the_proof(
     with pytest.raises(ProofFailed, match="does not hold the source's values"):
         convert(hf_folder, tmp_path / "onnx", "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.embed_tokens.weight_Q4",
+        "model.layers.1.attn.qkv_proj.MatMul.weight_Q8",
+        "model.layers.0.moe.router.MatMul.weight_Q4",
+        "lm_head.MatMul.weight_Q8",
+        "model.layers.1.moe.experts.gate_up_proj.qweight",
+    ],
+)
+def test_one_wrong_code_in_rounded_weights_fails_the_proof(
+    hf_folder: Path, tmp_path: Path, convert: Any, tensor: str
+) -> None:
+    forms = {"experts": "int4", "dense": "int8", "embedding": "int4", "router": "int4"}
+    convert(hf_folder, tmp_path / "onnx", "onnx", **forms)
+    with SourceFile(tmp_path / "onnx" / MODEL_FILE) as file:
+        place = read_header(file).tensors[tensor]
+    spoil(tmp_path / "onnx" / DATA_FILE, lambda b: flipped(b, place.offset + place.nbytes // 3))
+    with (
+        open_source(hf_folder) as source,
+        open_source(tmp_path / "onnx") as artifact,
+        pytest.raises(ProofFailed, match="not where rounding puts it"),
+    ):
+        prove(source, artifact, threads=1, advance=lambda _: None)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
 
 
 # --- refused -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import SMALL, STEADY, Model, write_bf16, write_hf
-from support.onnx_runtime import F32, genai_greedy, genai_logits, logits, with_float_activations
+from support.onnx_runtime import F32, genai_greedy, genai_logits, logits, logits_in_pieces, with_float_activations
 
 from gptoss_convert.convert.names import is_expert_matrix
 from gptoss_convert.convert.source import Source, open_source
@@ -136,6 +136,71 @@ def test_no_number_of_the_configuration_is_built_in(tmp_path: Path, convert: Any
     assert np.abs(logits(tmp_path / "onnx", IDS, 20) - np.asarray(model.logits(IDS).numpy())).max() < EXACT
 
 
+# --- pieces and batches ------------------------------------------------------------------------------------------------
+
+WITH_AND_WITHOUT_WINDOW_CACHE = pytest.mark.parametrize(
+    "options", [{}, {"experts": "int8", "onnx_runtime": "1.28"}], ids=["window cache", "whole cache"]
+)
+
+
+@WITH_AND_WITHOUT_WINDOW_CACHE
+@pytest.mark.parametrize("sizes", [(20, 1, 1, 15, 3, 8, 12), (3, 3, 3, 9, 8, 7, 27), (5, 40, 15)], ids=str)
+def test_a_prompt_may_come_in_pieces_shorter_and_longer_than_the_window(
+    made: Callable[..., Path],
+    want: F32,
+    options: dict[str, Any],
+    sizes: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_experts_float(monkeypatch)
+    assert np.abs(logits_in_pieces(made(**options), [IDS], sizes)[0] - want).max() < EXACT
+
+
+@WITH_AND_WITHOUT_WINDOW_CACHE
+def test_a_batch_of_prompts_of_one_length_computes_what_each_does_alone(
+    made: Callable[..., Path], small_model: Model, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_experts_float(monkeypatch)
+    rows = [IDS, IDS[::-1], IDS[30:] + IDS[:30]]
+    got = logits_in_pieces(made(**options), rows, [40, *[1] * 20])
+    for row, found in zip(rows, got, strict=True):
+        assert np.abs(found - small_model.logits(row).numpy()).max() < EXACT
+
+
+@WITH_AND_WITHOUT_WINDOW_CACHE
+def test_a_batch_of_unlike_lengths_is_right_or_refused(
+    made: Callable[..., Path], small_model: Model, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded on the right, as genai's encode_batch pads; the window cache takes none such."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    small_experts_float(monkeypatch)
+    rows, pad = [IDS[:25], IDS[25:37]], SMALL.token_id(199999)
+    params = og.GeneratorParams(model := og.Model(str(made(**options))))
+    params.set_search_options(do_sample=False, max_length=40, batch_size=2)
+    generator = og.Generator(model, params)
+    padded = np.array([row + [pad] * (25 - len(row)) for row in rows], np.int32)
+    if not options:
+        with pytest.raises(RuntimeError, match="too small for sequence_length"):
+            generator.append_tokens(padded)
+        return
+    generator.append_tokens(padded)
+    for row, found in zip(rows, generator.get_logits()[:, -1], strict=True):
+        assert np.abs(found - small_model.logits(row)[-1].numpy()).max() < EXACT
+
+
+def test_genai_says_so_where_max_length_is_shorter_than_the_window(made: Callable[..., Path]) -> None:
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    for length, right in ((SMALL.sliding_window - 1, False), (SMALL.sliding_window, True)):
+        params = og.GeneratorParams(model := og.Model(str(made())))
+        params.set_search_options(max_length=length)
+        generator = og.Generator(model, params)
+        if right:
+            generator.append_tokens(np.array([IDS[:3]], np.int32))
+        else:
+            with pytest.raises(RuntimeError, match="must be at least local_window_size"):
+                generator.append_tokens(np.array([IDS[:3]], np.int32))
+
+
 # --- rounded: our values against the runtime's -------------------------------------------------------------------------
 
 ROUNDED = [
@@ -213,3 +278,18 @@ def test_generation_ends_at_each_of_harmonys_end_tokens(made: Callable[..., Path
     table = json.loads((made() / "genai_config.json").read_text())["model"]
     assert table["eos_token_id"] == [SMALL.token_id(official) for official in (200002, 199999, 200012)]
     assert (table["bos_token_id"], table["pad_token_id"]) == (SMALL.token_id(199998), SMALL.token_id(199999))
+
+
+def test_sampling_in_genai_reaches_every_token(made: Callable[..., Path], small_model: Model) -> None:
+    """A tenth of the mass lies beyond the 50 likeliest tokens, where genai's own default ends."""
+    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    likely = np.argsort(-small_model.logits(IDS[:20])[-1].numpy())[:50]
+    model, beyond = og.Model(str(made())), 0
+    for seed in range(60):
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=21, random_seed=seed)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array([IDS[:20]], np.int32))
+        generator.generate_next_token()
+        beyond += generator.get_sequence(0)[-1] not in likely
+    assert beyond

@@ -106,6 +106,17 @@ def test_a_range_beyond_the_data_file_is_refused(tmp_path: Path) -> None:
         require_ranges(read_header(file), file, data)
 
 
+def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(8192 + 7))
+    with (
+        written(tmp_path, model_bytes(MODEL, "data")) as file,
+        SourceFile(tmp_path / "data") as data,
+        pytest.raises(BadInput, match="after its last tensor") as caught,
+    ):
+        require_ranges(read_header(file), file, data)
+    assert (caught.value.found, caught.value.expected) == ("8199 bytes", "8198 bytes")
+
+
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
@@ -118,6 +129,13 @@ def test_a_range_beyond_the_data_file_is_refused(tmp_path: Path) -> None:
 )
 def test_hostile_tensors_are_refused(tmp_path: Path, tensor: bytes, what: str) -> None:
     with written(tmp_path, message((7, message((5, tensor))))) as file, pytest.raises(BadInput, match=what):
+        read_header(file)
+
+
+def test_a_graph_of_gigabytes_is_not_read_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "model.onnx").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    with SourceFile(tmp_path / "model.onnx") as file, pytest.raises(BadInput, match="too large to be one"):
         read_header(file)
 
 

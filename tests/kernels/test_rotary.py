@@ -32,7 +32,14 @@ def theirs(yarn: Yarn) -> Any:
 
 @pytest.mark.parametrize(
     "yarn",
-    [RELEASE, SMALL, replace(SMALL, truncate=True), replace(RELEASE, attention=1.1), replace(RELEASE, beta_fast=20.0)],
+    [
+        RELEASE,
+        SMALL,
+        replace(SMALL, truncate=True),
+        replace(RELEASE, attention=1.1),
+        replace(RELEASE, beta_fast=20.0),
+        replace(SMALL, beta_fast=1.0),
+    ],
 )
 def test_frequencies_and_factor_are_transformers_bit_for_bit(yarn: Yarn) -> None:
     made = theirs(yarn)

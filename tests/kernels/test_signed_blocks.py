@@ -10,6 +10,7 @@ from gptoss_convert.kernels.chunks import Mxfp4
 from gptoss_convert.kernels.codecs import CODECS
 from gptoss_convert.kernels.floats import F32
 from gptoss_convert.kernels.inputs import Unfit
+from gptoss_convert.kernels.signed_blocks import FIXED, first_astray
 from gptoss_convert.kernels.witness import decode_unsigned
 from gptoss_convert.quant.encode import encode
 
@@ -17,13 +18,15 @@ NAMES = {"int4_mm": 4, "int8_mm": 8, "int4_moe": 4, "int8_moe": 8}
 
 
 def sample(kind: str) -> F32:
-    """[64, 160]: random values with zero rows, zero blocks and, in the last kind, many equal magnitudes."""
+    """[64, 160]: random values with zero rows, zero blocks and, in one kind, many equal magnitudes."""
     rng = np.random.default_rng(7)
     values = rng.normal(size=(64, 160)).astype(np.float32) * np.float32(0.02)
     if kind == "bfloat16":
         values = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     if kind == "equal magnitudes":
         values = (np.rint(values * 200) / 8).astype(np.float32)
+    if kind == "tiny":
+        values *= np.float32(1e-5)  # scales around the least that the builder writes, below float16's normal range
     values[3] = 0
     values[5, :32] = 0
     return values
@@ -34,7 +37,7 @@ def split(name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales.view("<f4"), codes
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes", "tiny"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dense_blocks_are_the_runtimes_own_bit_for_bit(bits: int, kind: str) -> None:
     state = pytest.importorskip("onnxruntime.capi._pybind_state", reason="onnxruntime is not installed")
@@ -52,7 +55,7 @@ def test_dense_blocks_are_the_runtimes_own_bit_for_bit(bits: int, kind: str) -> 
     assert np.array_equal(mine[1], codes.reshape(rows, -1))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes", "tiny"])
 def test_expert_blocks_follow_the_builders_formula(kind: str) -> None:
     blocks = sample(kind).reshape(64, 5, 32)
     at = np.abs(blocks).argmax(-1)[..., None]
@@ -128,3 +131,32 @@ def test_a_value_beyond_float16_scales_is_refused_with_its_place() -> None:
     with pytest.raises(Unfit) as caught:
         encoder(values, None)
     assert (caught.value.row, caught.value.column) == (1, 40)
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-38, 1e-37, 1e-30, 1e-8, 1e-7, 1e-6, 1e-5, 0.02, 1e4])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "equal magnitudes"])
+def test_what_the_encoder_made_is_never_astray(name: str, size: float, kind: str) -> None:
+    encoder = CODECS[name].encode
+    assert encoder is not None
+    values = sample(kind) * np.float32(size)
+    assert first_astray(values, name, encoder(values, None)) is None
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_other_code_is_astray_and_named_by_its_place(name: str) -> None:
+    """But in float16's last digit: there a value in the middle between two codes may be held by either."""
+    encoder = CODECS[name].encode
+    assert encoder is not None
+    values = sample("float32")[:2, :64]
+    rows, block = encoder(values, None), {4: 20, 8: 36}[NAMES[name]]
+    seen = total = 0
+    for byte in (i for i in range(rows.shape[1]) if i % block >= 4):
+        for bit in range(8):
+            changed = rows.copy()
+            changed[1, byte] ^= 1 << bit
+            place = first_astray(values, name, changed)
+            column = byte // block * 32 + (byte % block - 4) * 8 // NAMES[name] + bit // NAMES[name]
+            assert place in (None, (1, column))
+            seen, total = seen + (place is not None), total + 1
+    assert seen > 0.99 * total

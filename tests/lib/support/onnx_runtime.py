@@ -15,6 +15,11 @@ F32 = NDArray[np.float32]
 
 def logits(folder: Path, ids: Sequence[int], prefill: int) -> F32:
     """Float32 [T, V]: the first `prefill` tokens at once, then one at a time, with keys and values carried over."""
+    return logits_in_pieces(folder, [ids], [prefill, *[1] * (len(ids) - prefill)])[0]
+
+
+def logits_in_pieces(folder: Path, ids: Sequence[Sequence[int]], sizes: Sequence[int]) -> F32:
+    """ids [B, T] in pieces of these sizes, keys and values carried over → float32 [B, T, V]."""
     import onnxruntime
 
     config = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
@@ -25,17 +30,16 @@ def logits(folder: Path, ids: Sequence[int], prefill: int) -> F32:
     past: dict[str, Any] = {}
     for layer in range(config["num_hidden_layers"]):
         length = window["window_size"] if layer in window.get("layers", ()) else 0
-        empty = np.zeros((1, config["num_key_value_heads"], length, config["head_size"]), np.float32)
+        empty = np.zeros((len(ids), config["num_key_value_heads"], length, config["head_size"]), np.float32)
         past |= {f"past_key_values.{layer}.{part}": empty for part in ("key", "value")}
     names, made, seen = [output.name for output in session.get_outputs()], [], 0
-    for chunk in [list(ids[:prefill])] + [[token] for token in ids[prefill:]]:
-        seen += len(chunk)
-        found = session.run(
-            None, {"input_ids": np.array([chunk]), "attention_mask": np.ones((1, seen), np.int64), **past}
-        )
-        made.append(found[0][0])
+    for size in sizes:
+        piece = np.array([row[seen : seen + size] for row in ids])
+        seen += size
+        found = session.run(None, {"input_ids": piece, "attention_mask": np.ones((len(ids), seen), np.int64), **past})
+        made.append(found[0])
         past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], found[1:], strict=True)}
-    return np.concatenate(made)
+    return np.concatenate(made, axis=1)
 
 
 def genai_logits(folder: Path, ids: Sequence[int], prefill: int) -> F32:
