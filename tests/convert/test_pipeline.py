@@ -279,7 +279,7 @@ def test_official_means_that_every_weight_is(folder: Path) -> None:
 
 def test_a_recipe_makes_an_onnx_folder_of_the_forms_that_it_names(folder: Path) -> None:
     (folder / "onnx.toml").write_text(
-        '[source]\npath = "model"\n[[output]]\nname = "small"\nto = "onnx"\nexperts = "int8"\ndense = "int8"\n'
+        'out = "onnx"\n[source]\npath = "model"\n[[output]]\nname = "small"\nto = "onnx"\nexperts = "int8"\ndense = "int8"\n'
         'router = "f32"\nhead = "int4"\nembedding = "int4"\nonnx_runtime = "1.28"\n'
     )
     Pipeline(read_recipe_file(folder / "onnx.toml"), Settings(), silent, lambda _: None).run()
