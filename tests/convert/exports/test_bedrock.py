@@ -103,6 +103,14 @@ def test_no_step_deletes_what_lies_in_the_bucket_already(sharded: Path, tmp_path
     ]
 
 
+@pytest.mark.parametrize("name", ["a" * 63, "a" * 55 + "_" + "b" * 7])
+def test_the_name_of_the_job_is_cut_to_what_aws_takes(sharded: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    pytest.importorskip("botocore", reason="botocore is not installed")
+    export(sharded, tmp_path / "out", name=name)
+    assert problems("bedrock", "CreateModelImportJob", request_of(tmp_path / "out")) == []
+
+
 PLANTED: list[tuple[str, Any]] = [
     ("jobName", "a_job"),
     ("importedModelName", "a" * 64),
