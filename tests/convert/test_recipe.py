@@ -78,6 +78,7 @@ def test_the_schema_is_a_schema_and_every_property_of_an_option_is_described_or_
         ('method = "gptq"\n', "", 13, "calibration"),
         ('for = "sagemaker"', 'far = "sagemaker"', 29, "far"),
         ('for = "sagemaker"', 'for = "../../somewhere"', 29, "somewhere"),
+        ('for = "sagemaker"', 'for = "sagemaker"\nimage = ""', 30, "image"),
         ('out = "made"', 'outt = "made"', 1, "outt"),
     ],
 )

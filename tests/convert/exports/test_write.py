@@ -177,6 +177,12 @@ def test_nothing_stands_in_the_place_of_the_artifact_or_of_anything_else(artifac
         export(artifacts / "int4", artifacts / "int4", overwrite=True)
     with pytest.raises((UsageError, TargetExists)):
         export(artifacts / "int4", artifacts, overwrite=True)
+    (tmp_path / "link").symlink_to(artifacts / "int4")
+    for within in (artifacts / "int4" / "out", tmp_path / "link" / "deep" / "out"):
+        with pytest.raises(UsageError, match="lie within the artifact"):
+            export(artifacts / "int4", within)
+        assert not within.exists()
+    export(artifacts / "m.gguf", tmp_path / "beside")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     for overwrite in (False, True):
