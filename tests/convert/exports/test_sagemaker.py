@@ -674,6 +674,46 @@ def test_deploy_tells_another_configuration_of_the_name(
         assert f"another endpoint_config is called mine: its {difference}" in capsys.readouterr().err
 
 
+def test_deploy_tells_why_an_upload_failed(
+    artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from boto3.exceptions import S3UploadFailedError
+
+    export(artifacts / "mxfp4", tmp_path / "out", archive=True)
+    module = deploy_of(tmp_path / "out")
+    assert module.main(["--bucket", "s3://not-there/x", *GIVEN[2:]]) == 1
+    assert "NoSuchBucket" in capsys.readouterr().err
+
+    def refuses(*_: object) -> None:
+        raise S3UploadFailedError("AccessDenied")  # as boto3 wraps what PutObject answers
+
+    module.upload = refuses
+    assert module.main(GIVEN) == 1
+    assert capsys.readouterr().err == "deploy.py: AccessDenied\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "create_model.json is not JSON"),
+        ("[]", "create_model.json lacks"),
+        ('{"ModelName": "x"}', "PrimaryContainer"),
+        (
+            '{"ModelName": 1, "PrimaryContainer": {"Image": "i", "ModelDataSource": {"S3DataSource": {"S3Uri": "s3://a/b/", '
+            '"CompressionType": "None"}}}, "ExecutionRoleArn": "r"}',
+            "must be text",
+        ),
+    ],
+)
+def test_deploy_tells_which_request_was_spoilt(
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, what: str
+) -> None:
+    export(artifacts / "mxfp4", tmp_path / "out")
+    (tmp_path / "out" / "create_model.json").write_text(text)
+    assert deploy_of(tmp_path / "out").main([*GIVEN, "--dry-run"]) == 1
+    assert what in capsys.readouterr().err
+
+
 def test_deploy_tells_why_an_endpoint_failed(artifacts: Path, tmp_path: Path) -> None:
     from botocore.exceptions import WaiterError
 
