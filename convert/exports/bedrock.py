@@ -51,7 +51,11 @@ def package(artifact: Artifact, request: Request) -> Package:
     for file in (*_weights(artifact), INDEX, *CARRIED):
         if file in artifact.files:
             made.files[f"model/{file}"] = artifact.files[file]
-    made.files |= {f"model/{file}": data for file, data in (_index(artifact, made) | chat.replaced).items()}
+    made.files |= {
+        f"model/{file}": data
+        for file, data in (_index(artifact, made) | chat.replaced).items()
+        if file in (INDEX, *CARRIED)
+    }
     made.files |= {f"model/{file}": data for file, data in _config(artifact, made).items()}
     uri, role = model_uri(request, name), role_arn(request)
     made.files["create_model_import_job.json"] = as_json(_request(name, uri, role))

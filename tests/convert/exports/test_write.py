@@ -201,6 +201,7 @@ CERTIFICATES: list[Any] = [
     {"artifact": {"files": [1]}, "source": {"official_weights": True}, "lost": []},
     {"artifact": {"files": []}, "source": {"official_weights": True}, "lost": "nothing"},
     {"artifact": {"files": []}, "source": {"official_weights": True, "template": "x"}, "lost": []},
+    {"artifact": {"files": [], "notes": 1}, "source": {"official_weights": True}, "lost": []},
     {"artifact": None, "source": None},
 ]
 
