@@ -68,7 +68,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     ]
     made.first_steps = [
         "sha256sum --quiet -c SHA256SUMS",
-        f"aws s3 ls {shlex.quote(uri)} --recursive --region {REGION} (no file may be there that is not in model/: Bedrock reads all)",
+        f"aws s3 ls {shlex.quote(uri)} --recursive --region {REGION} (nothing but what is in model/: Bedrock reads all)",
         f"aws s3 sync model {shlex.quote(uri)} --region {REGION}",
         f"aws bedrock create-model-import-job --region {REGION} --cli-input-json file://create_model_import_job.json",
         f"aws bedrock get-model-import-job --region {REGION} --job-identifier {_job(name)}",
