@@ -142,6 +142,7 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
             isinstance(source["official_weights"], bool)
             and isinstance((source.get("template") or {}).get("sha256", ""), str)
             and isinstance(lost, list | None)
+            and isinstance(document["artifact"].get("notes", []), list)
             and all(isinstance(file["name"], str) and isinstance(file["sha256"], str) for file in files)
         )
     except (KeyError, TypeError, AttributeError):

@@ -10,6 +10,7 @@ custom-model-import-code-samples and invoke-imported-model, botocore 1.44.5. Wha
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 from gptoss_convert.config import to_hf
@@ -51,7 +52,11 @@ def package(artifact: Artifact, request: Request) -> Package:
     for file in (*_weights(artifact), INDEX, *CARRIED):
         if file in artifact.files:
             made.files[f"model/{file}"] = artifact.files[file]
-    made.files |= {f"model/{file}": data for file, data in (_index(artifact, made) | chat.replaced).items()}
+    made.files |= {
+        f"model/{file}": data
+        for file, data in (_index(artifact, made) | chat.replaced).items()
+        if file in (INDEX, *CARRIED)
+    }
     made.files |= {f"model/{file}": data for file, data in _config(artifact, made).items()}
     uri, role = model_uri(request, name), role_arn(request)
     made.files["create_model_import_job.json"] = as_json(_request(name, uri, role))
@@ -63,8 +68,8 @@ def package(artifact: Artifact, request: Request) -> Package:
     ]
     made.first_steps = [
         "sha256sum --quiet -c SHA256SUMS",
-        f"aws s3 ls {uri} --recursive --region {REGION} (no file may be there that is not in model/: Bedrock reads all)",
-        f"aws s3 sync model {uri} --region {REGION}",
+        f"aws s3 ls {shlex.quote(uri)} --recursive --region {REGION} (nothing but what is in model/: Bedrock reads all)",
+        f"aws s3 sync model {shlex.quote(uri)} --region {REGION}",
         f"aws bedrock create-model-import-job --region {REGION} --cli-input-json file://create_model_import_job.json",
         f"aws bedrock get-model-import-job --region {REGION} --job-identifier {_job(name)}",
     ]

@@ -9,6 +9,7 @@ A copy whose digest is not the one in the artifact's certificate is refused. Kil
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ def export(
     target = target.absolute()
     with Output(target, folder=True, overwrite=overwrite, marker=MANIFEST) as output, open_artifact(path) as artifact:
         protect_inputs(target, [path, *files_read(artifact.source), *artifact.files.values()])
+        _require_outside(target, path)
         package = PLATFORMS[platform](artifact, request)
         _require_listable(package, path)
         digests = _write(package, artifact, output, platform, show)
@@ -59,6 +61,15 @@ def export(
         output.write_small(SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items())).encode())
         output.publish()
     return Exported(target, document, package.first_steps)
+
+
+def _require_outside(target: Path, path: Path) -> None:
+    """Within the artifact's folder an export would be a part of the artifact, and its unfinished files of the next one."""
+    if path.is_dir() and Path(os.path.realpath(target)).is_relative_to(path.resolve()):
+        raise UsageError(
+            "the export would lie within the artifact", found=target, expected=f"a folder outside {path}",
+            remedy="choose another --out",
+        )  # fmt: skip
 
 
 def _require_listable(package: Package, path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError, WaiterError
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +40,7 @@ def main(given: list[str] | None = None) -> int:
         if not options.dry_run:
             upload(boto3.client("s3", region_name=region), requests)
             create(boto3.client("sagemaker", region_name=region), requests, wait=not options.no_wait)
-    except (Problem, BotoCoreError, ClientError, OSError) as error:
+    except (Problem, BotoCoreError, Boto3Error, ClientError, OSError) as error:
         print(f"deploy.py: {error}", file=sys.stderr)
         return 1
     return 0
@@ -58,9 +59,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
 
 def filled(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The three requests with bucket and role put in; Problem while a placeholder is left."""
-    requests: dict[str, dict[str, Any]] = {
-        kind: json.loads((HERE / f"create_{kind}.json").read_text(encoding="utf-8")) for kind, _ in CREATED
-    }
+    requests = {kind: request_of(kind, shape) for kind, shape in CREATED}
     model = requests["model"]
     if options.role:
         model["ExecutionRoleArn"] = options.role
@@ -73,6 +72,30 @@ def filled(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if PLACEHOLDER in value:
             raise Problem(f"{value} stands for a value of yours: give {what}")
     return requests
+
+
+def request_of(kind: str, shape: str) -> dict[str, Any]:
+    """A request as it lies beside this file; Problem where an edit has spoilt it."""
+    path = HERE / f"create_{kind}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Problem(f"{path.name} is not JSON: {error}") from error
+    try:
+        wanted = [found[f"{shape}Name"]]
+        if kind == "model":
+            source = found["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
+            wanted += [
+                found["PrimaryContainer"]["Image"],
+                found["ExecutionRoleArn"],
+                source["S3Uri"],
+                source["CompressionType"],
+            ]
+    except (KeyError, TypeError) as error:
+        raise Problem(f"{path.name} lacks a part that is needed: {error}") from error
+    if not all(isinstance(value, str) for value in wanted):
+        raise Problem(f"{path.name}: names, image, role and place must be text")
+    return dict(found)
 
 
 def data_source(requests: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -78,6 +78,7 @@ def test_the_schema_is_a_schema_and_every_property_of_an_option_is_described_or_
         ('method = "gptq"\n', "", 13, "calibration"),
         ('for = "sagemaker"', 'far = "sagemaker"', 29, "far"),
         ('for = "sagemaker"', 'for = "../../somewhere"', 29, "somewhere"),
+        ('for = "sagemaker"', 'for = "sagemaker"\nimage = ""', 30, "image"),
         ('out = "made"', 'outt = "made"', 1, "outt"),
         ("tokens = 5000", "tokens = 5000.0", 8, "5000.0 is not of type 'integer'"),
         ('for = "sagemaker"', 'for = "sagemaker"\ncontext = 4096.0', 30, "4096.0 is not of type 'integer'"),

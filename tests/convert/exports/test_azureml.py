@@ -524,6 +524,16 @@ def test_the_machine_holds_the_weights_and_vllm_uses_all_its_gpus(
     assert any("one GPU is assumed" in note for note in found.document["notes"]) == (instance not in azureml.MACHINES)
 
 
+def test_the_probes_give_the_weights_time_to_arrive(
+    kinds: Kinds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "weight_bytes", lambda artifact: 60 * 10**9)
+    export(kinds("mxfp4"), tmp_path / "out")
+    for name in ("liveness_probe", "readiness_probe"):
+        probe = read(tmp_path / "out/deployment.yml")[name]
+        assert probe["period"] * probe["failure_threshold"] == 600 + 600  # ten minutes, and 60 GB at 100 MB a second
+
+
 @pytest.mark.parametrize(
     ("gb", "wish"), [(75, "Standard_NC24ads_A100_v4"), (75, "Standard_NC40ads_H100_v5"), (900, None)]
 )

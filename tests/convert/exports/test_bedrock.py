@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def test_no_step_deletes_what_lies_in_the_bucket_already(sharded: Path, tmp_path
         "aws s3 ls s3://my-bucket/shared/ --recursive --region us-east-1",
         "aws s3 sync model s3://my-bucket/shared/ --region us-east-1",
     ]
+
+
+def test_a_prefix_with_signs_of_the_shell_reaches_the_commands_whole(sharded: Path, tmp_path: Path) -> None:
+    place = "s3://my-bucket/a'b(c)*!/"
+    found = export(sharded, tmp_path / "out", bucket=place)
+    assert request_of(tmp_path / "out")["modelDataSource"]["s3DataSource"]["s3Uri"] == place
+    commands = [step.partition(" (")[0] if " (" in step else step for step in found.first_steps]
+    assert [place in shlex.split(command) for command in commands] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["a" * 63, "a" * 55 + "_" + "b" * 7])
+def test_the_name_of_the_job_is_cut_to_what_aws_takes(sharded: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    pytest.importorskip("botocore", reason="botocore is not installed")
+    export(sharded, tmp_path / "out", name=name)
+    assert problems("bedrock", "CreateModelImportJob", request_of(tmp_path / "out")) == []
 
 
 PLANTED: list[tuple[str, Any]] = [

@@ -169,6 +169,9 @@ def test_the_service_asks_for_the_gpus_of_its_plan_and_checks_vllms_own_route(pa
     assert {check["type"] for check in service["healthChecks"]} == {"startupProbe", "readinessProbe", "livenessProbe"}
     assert {(check["path"], check["port"]) for check in service["healthChecks"]} == {("/health", 8000)}
     assert (service["ports"][0]["internalPort"], service["ports"][0]["public"]) == (8000, False)
+    startup = next(check for check in service["healthChecks"] if check["type"] == "startupProbe")
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 6 * 3600
+    assert service["deployment"]["storage"]["shmSize"] == 16384  # MB: what the processes of several GPUs share
     command = shlex.split(service["deployment"]["docker"]["customCommand"])
     assert volume["mounts"][0]["containerMountPath"] == command[3] == "/models"
     assert volume["spec"]["storageSize"] % 10240 == 0

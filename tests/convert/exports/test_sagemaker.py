@@ -369,6 +369,17 @@ def test_a_wish_that_makes_no_sense_is_a_usage_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("engine", sagemaker.ENGINES)
+def test_a_listed_image_gets_the_host_that_its_cuda_needs(artifacts: Path, tmp_path: Path, engine: str) -> None:
+    export(artifacts / "mxfp4", tmp_path / "out", engine=engine)
+    (variant,) = requests_of(tmp_path / "out")["create_endpoint_config"]["ProductionVariants"]
+    assert (
+        variant["InferenceAmiVersion"]
+        == sagemaker_images.IMAGES[engine].ami
+        == "al2023-ami-sagemaker-inference-gpu-4-1"
+    )
+
+
 def test_the_images_of_a_region_are_its_own(artifacts: Path, tmp_path: Path) -> None:
     export(artifacts / "mxfp4", tmp_path / "out", region="eu-south-2")
     image = requests_of(tmp_path / "out")["create_model"]["PrimaryContainer"]["Image"]
@@ -643,6 +654,66 @@ def test_deploy_leaves_the_files_of_another_export_as_they_are(
     assert there == (tmp_path / "first" / "model" / "serving.properties").read_bytes()
 
 
+def test_deploy_tells_another_configuration_of_the_name(
+    artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, api = cloud
+    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
+    old_machine(tmp_path / "out")
+    module = deploy_of(tmp_path / "out")
+    assert module.main(GIVEN) == 0
+    (variant,) = requests_of(tmp_path / "out")["create_endpoint_config"]["ProductionVariants"]
+    second = {**variant, "VariantName": "Second"}
+    for variants, difference in (
+        ([{**variant, "InitialInstanceCount": 2}], "ProductionVariants[0].InitialInstanceCount is 2, not 1"),
+        ([variant, second], "ProductionVariants is "),
+    ):
+        api.delete_endpoint_config(EndpointConfigName="mine")
+        api.create_endpoint_config(EndpointConfigName="mine", ProductionVariants=variants)
+        assert module.main(GIVEN) == 1
+        assert f"another endpoint_config is called mine: its {difference}" in capsys.readouterr().err
+
+
+def test_deploy_tells_why_an_upload_failed(
+    artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from boto3.exceptions import S3UploadFailedError
+
+    export(artifacts / "mxfp4", tmp_path / "out", archive=True)
+    module = deploy_of(tmp_path / "out")
+    assert module.main(["--bucket", "s3://not-there/x", *GIVEN[2:]]) == 1
+    assert "NoSuchBucket" in capsys.readouterr().err
+
+    def refuses(*_: object) -> None:
+        raise S3UploadFailedError("AccessDenied")  # as boto3 wraps what PutObject answers
+
+    module.upload = refuses
+    assert module.main(GIVEN) == 1
+    assert capsys.readouterr().err == "deploy.py: AccessDenied\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "create_model.json is not JSON"),
+        ("[]", "create_model.json lacks"),
+        ('{"ModelName": "x"}', "PrimaryContainer"),
+        (
+            '{"ModelName": 1, "PrimaryContainer": {"Image": "i", "ModelDataSource": {"S3DataSource": {"S3Uri": "s3://a/b/", '
+            '"CompressionType": "None"}}}, "ExecutionRoleArn": "r"}',
+            "must be text",
+        ),
+    ],
+)
+def test_deploy_tells_which_request_was_spoilt(
+    artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, what: str
+) -> None:
+    export(artifacts / "mxfp4", tmp_path / "out")
+    (tmp_path / "out" / "create_model.json").write_text(text)
+    assert deploy_of(tmp_path / "out").main([*GIVEN, "--dry-run"]) == 1
+    assert what in capsys.readouterr().err
+
+
 def test_deploy_tells_why_an_endpoint_failed(artifacts: Path, tmp_path: Path) -> None:
     from botocore.exceptions import WaiterError
 
@@ -697,6 +768,28 @@ def test_weights_that_do_not_fit_on_the_machine_are_refused_and_larger_ones_get_
     with pytest.raises(Refused, match="do not fit") as error:
         export(artifacts / "int8", tmp_path / "out", instance="ml.g5.xlarge")
     assert "larger --instance" in str(error.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("gb", "instance", "fits"),
+    [
+        (13.8, "ml.g5.xlarge", True),
+        (22.2, "ml.g5.xlarge", False),
+        (65.3, "ml.g6e.xlarge", False),
+        (65.3, "ml.g6e.12xlarge", True),
+        (118.2, "ml.g7e.2xlarge", False),
+        (233.7, "ml.p4d.24xlarge", True),
+    ],
+)
+def test_a_machine_is_refused_where_the_weights_exceed_nine_tenths_of_its_memory(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gb: float, instance: str, fits: bool
+) -> None:
+    monkeypatch.setattr(sagemaker, "weight_bytes", lambda artifact: int(gb * 1e9))
+    if fits:
+        export(artifacts / "mxfp4", tmp_path / "out", instance=instance)
+    else:
+        with pytest.raises(Refused, match="do not fit"):
+            export(artifacts / "mxfp4", tmp_path / "out", instance=instance)
 
 
 def test_the_releases_fit_where_they_are_put() -> None:

@@ -136,11 +136,53 @@ def test_a_killed_export_copies_no_whole_file_again(
     assert whole.document == json.loads((tmp_path / "out" / write.MANIFEST).read_text())
 
 
+def stopped_before_its_end(artifact: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hidden folder of an export that has written all of its files, and was killed before the manifest."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(artifact, target)
+    return target.parent / f".{target.name}.partial"
+
+
+def test_a_file_that_was_spoilt_after_the_kill_is_copied_again(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = stopped_before_its_end(artifacts / "int4", tmp_path / "out", monkeypatch)
+    path = partial / "model" / "chat_template.jinja"
+    path.write_bytes(bytes(path.stat().st_size))
+    export(artifacts / "int4", tmp_path / "out")
+    written = tmp_path / "out" / "model" / path.name
+    assert written.read_bytes() == (artifacts / "int4" / path.name).read_bytes()
+
+
+def test_a_file_of_the_artifact_that_was_changed_after_the_kill_is_copied_anew(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(artifacts / "int4", tmp_path / "int4"))
+    (source / "gptoss-certificate.json").unlink()
+    (source / "notes.txt").write_text("before")
+    stopped_before_its_end(source, tmp_path / "out", monkeypatch)
+    (source / "notes.txt").write_text("behind")
+    export(source, tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "notes.txt").read_text() == "behind"
+
+
 def test_nothing_stands_in_the_place_of_the_artifact_or_of_anything_else(artifacts: Path, tmp_path: Path) -> None:
     with pytest.raises((UsageError, TargetExists)):
         export(artifacts / "int4", artifacts / "int4", overwrite=True)
     with pytest.raises((UsageError, TargetExists)):
         export(artifacts / "int4", artifacts, overwrite=True)
+    (tmp_path / "link").symlink_to(artifacts / "int4")
+    for within in (artifacts / "int4" / "out", tmp_path / "link" / "deep" / "out"):
+        with pytest.raises(UsageError, match="lie within the artifact"):
+            export(artifacts / "int4", within)
+        assert not within.exists()
+    export(artifacts / "m.gguf", tmp_path / "beside")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     for overwrite in (False, True):
@@ -159,6 +201,7 @@ CERTIFICATES: list[Any] = [
     {"artifact": {"files": [1]}, "source": {"official_weights": True}, "lost": []},
     {"artifact": {"files": []}, "source": {"official_weights": True}, "lost": "nothing"},
     {"artifact": {"files": []}, "source": {"official_weights": True, "template": "x"}, "lost": []},
+    {"artifact": {"files": [], "notes": 1}, "source": {"official_weights": True}, "lost": []},
     {"artifact": None, "source": None},
 ]
 
