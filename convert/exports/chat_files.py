@@ -14,6 +14,7 @@ from typing import Any
 
 from gptoss_convert.convert.certificate import FOLDER_NAME
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.chat import END_TOKENS, GENERATION, generation_config, require_chat
 from gptoss_convert.convert.exports.package import Package
@@ -65,24 +66,9 @@ def require_chat_files(artifact: Artifact, platform: str) -> ChatFiles:
         roles = {f"{role}_token": settings.get(f"{role}_token") for role in ("bos", "eos", "pad")}
         made.replaced[SPECIALS] = as_json({key: text for key, text in roles.items() if text is not None})
         made.notes.append(f"{SPECIALS} is made from {TOKENIZER_CONFIG}; the artifact has none")
-    made.replaced |= _amended_certificate(artifact, made.replaced, platform)
+    if made.replaced and (certificate := amended_certificate(artifact, made.replaced, platform)) is not None:
+        made.replaced[FOLDER_NAME] = certificate
     return made
-
-
-def _amended_certificate(artifact: Artifact, replaced: Mapping[str, bytes], platform: str) -> dict[str, bytes]:
-    """The folder's certificate with the digests of what is written anew, so that it stays true of the folder."""
-    document = artifact.certificate
-    if document is None or not replaced:
-        return {}
-    listed = {file["name"]: file for file in document["artifact"]["files"]}
-    for name, data in replaced.items():
-        listed[name] = {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    notes = [
-        *document["artifact"].get("notes", []),
-        f"{', '.join(sorted(replaced))}: written by export --for {platform}, after the proof",
-    ]
-    part = {**document["artifact"], "files": [listed[name] for name in sorted(listed)], "notes": notes}
-    return {FOLDER_NAME: as_json({**document, "artifact": part})}
 
 
 def harmony_vocabulary(table: Mapping[str, Any]) -> bytes | None:

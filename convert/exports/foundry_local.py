@@ -67,7 +67,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     inside: dict[str, bytes] = {
         GENAI: _genai_config(artifact, chat, context, made),
         CARD: as_json({"Name": f"{model.name}:{model.version}", "PromptTemplate": None}),
-        **chat.replaced,
+        **{name: data for name, data in chat.replaced.items() if name != FOLDER_NAME},
     }
     made.copy(artifact, model.folder)
     made.files |= {model.folder + name: data for name, data in inside.items()}

@@ -252,3 +252,21 @@ def test_keys_and_values_of_the_release() -> None:
     windows = Variant("int8", "f32", "f32", "f32", "f32", window_cache=True)
     assert kv_cache(config, all_kept, 131072) == 24 * 131072 * 4096
     assert kv_cache(config, windows, 131072) == 12 * (131072 + 128) * 4096
+
+
+def test_the_certificate_lists_what_was_written_once_and_never_itself(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    source = copied(folders["1.31"])
+    (source / "special_tokens_map.json").unlink(missing_ok=True)
+    certificate = source / "gptoss-certificate.json"
+    document = json.loads(certificate.read_text())
+    document["artifact"]["files"] = [f for f in document["artifact"]["files"] if f["name"] != "special_tokens_map.json"]
+    certificate.write_text(json.dumps(document))
+    place = export(source, tmp_path / "out")
+    made = json.loads((place / "gptoss-certificate.json").read_text())["artifact"]
+    names = [file["name"] for file in made["files"]]
+    assert sorted(names) == sorted({p.name for p in place.iterdir()} - {"gptoss-certificate.json"})
+    assert [note for note in made["notes"] if "after the proof" in note] == [
+        "genai_config.json, inference_model.json, special_tokens_map.json: written by export --for foundry-local, after the proof"
+    ]
