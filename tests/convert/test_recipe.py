@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_named_with_its_line(
     ("before", "after", "line", "what"),
     [
         ('name = "server"', 'name = "Laptop"', 22, "one name"),
+        ('file = "held.txt"', 'file = "held.md"', 11, "not a text"),
         ('name = "server"', 'name = "laptop.gguf"', 22, "one name"),
         ('name = "server"', 'name = "laptop.gguf.certificate.json"', 22, "one name"),
         ('to = "int4"', 'to = "int4"\nsplit_size = "4 apples"', 24, "not a size"),

@@ -263,6 +263,14 @@ def test_every_file_arrives_byte_for_byte(name: str, artifacts: Path, hub: Hub, 
     assert [request for request in hub.requests if request.startswith("PUT /objects/")] == large, "nothing twice"
 
 
+def test_what_an_earlier_upload_left_is_named(artifacts: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"old-00001-of-00002.gguf": b"weights of before", ".gitattributes": b""}
+    arguments = (str(artifacts / "m.gguf"), "--for", "huggingface", "--name", REPO, "--push")
+    told = json.loads(run(*arguments, "--out", str(tmp_path / "a"), "--json").stdout)
+    assert told["pushed"]["others"] == ["old-00001-of-00002.gguf"]
+    assert "old-00001-of-00002.gguf" in run(*arguments, "--out", str(tmp_path / "b")).stdout
+
+
 def test_what_arrives_otherwise_is_a_mismatch(artifacts: Path, hub: Hub, tmp_path: Path) -> None:
     export(artifacts / "m.gguf", tmp_path / "out")
     for spoilt in ("README.md", "m.gguf"):
