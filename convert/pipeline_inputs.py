@@ -103,7 +103,7 @@ def _place(recipe: Recipe, show: ShowProgress, lock: Mapping[str, Any] | None) -
         return recipe.place(given["path"]), {}
     folder = fetched_folder(given["repo"], given["revision"])
     locked = None if lock is None else lock.get("source")
-    if isinstance(locked, dict) and locked.get("revision") == given["revision"] and folder.is_dir():
+    if isinstance(locked, dict) and folder.is_dir():
         entries = walk(folder)
         found = hash_files([entry.path for entry in entries], threads=verifying.DEFAULT_THREADS)
         if {entry.name: found[entry.path].sha256 for entry in entries} == locked.get("files"):

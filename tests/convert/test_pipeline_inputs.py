@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import SMALL, Model, write_hf
+from support.checkpoints import SMALL, Model, write_bf16, write_hf
 from support.hub import Hub, pinned, serve, table
 
 from gptoss_convert.convert import official, pipeline
@@ -246,6 +246,55 @@ def test_an_edited_file_of_codecs_makes_its_output_again(model: Path) -> None:
     assert run(path) == ["source"]
     codecs.write_text(codecs.read_text().replace('head = "q8_0"', 'head = "f16"'))
     assert run(path) == ["source", "convert a"]
+
+
+def test_a_source_that_is_not_what_its_own_list_promises_is_refused(model: Path) -> None:
+    (model / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
+    with pytest.raises(DigestMismatch, match="not what was promised") as error:
+        run(recipe(model.parent))
+    assert str(error.value.found).startswith("config.json")
+
+
+def test_another_base_makes_its_output_again(model: Path, tmp_path: Path) -> None:
+    write_bf16(Model(SMALL), tmp_path / "tuned")
+    text = RECIPE.replace('"model"', '"tuned"').replace('to = "gguf"\n', 'to = "gguf"\nbase = "model"\n')
+    path = recipe(tmp_path, text)
+    run(path)
+    (model / "notes.txt").write_text("another base")
+    with pytest.raises(DigestMismatch, match="beside the source"):
+        run(path)
+    assert run(path, renew=True) == ["source", "convert a"]
+
+
+def test_another_way_to_read_a_text_makes_again_what_reads_it(model: Path) -> None:
+    lines = [
+        json.dumps({"text": f"Number {n} is what stands here, and it is followed by another."}) for n in range(200)
+    ]
+    (model.parent / "t.txt").write_text("\n".join(lines))
+    (model.parent / "t.jsonl").write_text("\n".join(lines))
+    text = CHAT + RECIPE.replace('to = "gguf"\n', OF_CHAT + 'compare = {text = "t"}\n')
+    path = recipe(model.parent, text)
+    run(path)
+    assert run(recipe(model.parent, text.replace("tokens = 600", "tokens = 500"))) == ["source", "compare a"]
+    assert run(recipe(model.parent, text.replace("context = 64", "context = 48"))) == ["source", "compare a"]
+    recipe(model.parent, text)
+    run(path)
+    assert run(recipe(model.parent, text.replace("t.txt", "t.jsonl"))) == ["source", "compare a"]
+
+
+def test_an_artifact_that_changes_while_it_is_compared_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptoss_convert.convert import compare
+
+    real = compare.compare
+
+    def meddling(*arguments: Any, **options: Any) -> object:
+        found = real(*arguments, **options)
+        (model.parent / "build/artifacts/a.gguf").touch()
+        return found
+
+    monkeypatch.setattr(compare, "compare", meddling)
+    with pytest.raises(InputChanged):
+        run(recipe(model.parent, RECIPE.replace('to = "gguf"\n', OF_CHAT + "compare = {}\n")))
 
 
 def test_another_version_makes_everything_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

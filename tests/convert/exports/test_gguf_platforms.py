@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import os
 import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +131,26 @@ def test_a_file_of_any_name_is_one_word_of_every_command(
         assert shlex.split(line)[2].removeprefix("model/") == ODD
     table = export(odd, tmp_path / "card", "huggingface")["README.md"].partition("## Size")[2]
     assert "| `` it's $(touch pwned) `x` \\| é.gguf `` |" in table
+
+
+def test_the_server_is_given_the_very_file_and_the_figures(
+    gguf: Path, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    odd = copied(gguf).rename(tmp_path / ODD)
+    export(odd, tmp_path / "out", "llama.cpp", name="some/model", context=1000)
+    (tmp_path / "server").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "server").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "LLAMA_SERVER": str(tmp_path / "server")}
+    done = subprocess.run(
+        [tmp_path / "out" / "server.sh", "--seed", "a b"], env=environment, capture_output=True, text=True, check=True
+    )
+    given = done.stdout.splitlines()
+    said = dict(itertools.pairwise(given))
+    assert said["--model"] == str(tmp_path / "out" / ODD)
+    assert (said["--alias"], said["--ctx-size"], said["--host"]) == ("some/model", "1000", "127.0.0.1")
+    assert (said["--temp"], said["--top-p"], said["--top-k"], said["--min-p"]) == ("1.0", "1.0", "0", "0.0")
+    assert given[-2:] == ["--seed", "a b"]
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_name_of_two_lines_is_refused(gguf: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
