@@ -121,8 +121,6 @@ def _validate(table: Mapping[str, Any], path: Path, lines: Lines) -> None:
     error = best_match(_validator().iter_errors(table))
     if error is None:
         return
-    while error.parent is not None:  # what none of several forms fits is told as a whole
-        error = error.parent
     place = list(error.absolute_path)
     if error.validator == "additionalProperties":
         unknown = next((key for key in error.instance if key not in error.schema.get("properties", {})), None)

@@ -67,6 +67,14 @@ def test_the_weights_are_the_artifacts_and_the_certificate_comes_along(
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+def test_what_was_not_proved_is_not_called_lossless(platform: str, convert: Callable[..., Any], tmp_path: Path) -> None:
+    convert(TRAINED, tmp_path / "m.gguf", "gguf", proof=False)
+    readme = export(tmp_path / "m.gguf", tmp_path / "out", platform)["README.md"]
+    assert "was not proved" in readme
+    assert "lost nothing" not in readme
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("to", ["hf", "bf16", "int4"])
 def test_what_is_no_gguf_is_refused(
     platform: str, to: str, convert: Callable[..., Any], hf_folder: Path, tmp_path: Path
@@ -291,6 +299,17 @@ def test_model_yaml_fits_the_schema(gguf: Path, tmp_path: Path) -> None:
     assert document["config"]["load"]["fields"] == [{"key": "llm.load.contextLength", "value": 4096}]
     assert "customFields" not in document, "this template has no reasoning effort"
     assert "lms import m.gguf" in texts["README.md"]
+
+
+def test_model_yaml_asks_for_openais_sampling(gguf: Path, tmp_path: Path) -> None:
+    fields = yaml.safe_load(export(gguf, tmp_path / "out", "lmstudio")["model.yaml"])["config"]["operation"]["fields"]
+    assert {field["key"].rpartition(".")[2]: field["value"] for field in fields} == {
+        "temperature": 1.0,
+        "topKSampling": 0,
+        "topPSampling": {"checked": True, "value": 1.0},
+        "minPSampling": {"checked": True, "value": 0.0},
+        "repeatPenalty": {"checked": False, "value": 1.0},
+    }
 
 
 def test_reasoning_effort_is_a_field_where_the_template_takes_it(gguf: Path) -> None:
