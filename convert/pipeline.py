@@ -21,11 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_convert import __version__
-from gptoss_convert.convert.calibration import Wish
+from gptoss_convert.convert.calibration import Wish, require_torch
 from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
 from gptoss_convert.convert.compare_gates import largest
 from gptoss_convert.convert.conversion import Options, convert, require_fitting
-from gptoss_convert.convert.pipeline_inputs import Inputs, codecs_digest, gather, keep_lock, require_there, sha256
+from gptoss_convert.convert.pipeline_inputs import (
+    Inputs,
+    codecs_digest,
+    gather,
+    keep_lock,
+    require_there,
+    require_unchanged,
+)
 from gptoss_convert.convert.pipeline_quality import measure
 from gptoss_convert.convert.pipeline_steps import MANIFEST, Digests, Steps, Tell
 from gptoss_convert.convert.progress import ShowProgress
@@ -55,7 +62,7 @@ def require_sense(recipe: Recipe, settings: Settings = Settings()) -> None:
 
     for output in recipe.outputs:
         where = recipe.where("output", output.index)
-        wish = Wish() if output.method == "round" else Wish(output.method, DEFAULT, settings.device)
+        wish = Wish(output.method, None if output.method == "round" else DEFAULT, settings.device)
         try:
             require_fitting(options_of(recipe, output, settings, wish), Path(output.file_name))
         except UsageError as error:
@@ -116,8 +123,18 @@ class Pipeline:
         """Everything; returns the manifest. ProofFailed, after all else is done, where an output misses a limit."""
         require_sense(self.recipe, self.settings)
         require_there(self.recipe)
+        self._require_device()
         with Steps(self.recipe.out, self.recipe.path.name, self.tell) as steps:
             return self._run(steps)
+
+    def _require_device(self) -> None:
+        """That what computes is there, before hours of what does not."""
+        if all(output.method == "round" and "compare" not in output.table for output in self.recipe.outputs):
+            return
+        require_torch()
+        from gptoss_convert.convert.forward import choose_device
+
+        choose_device(self.settings.device)
 
     def _run(self, steps: Steps) -> dict[str, Any]:
         self.tell({"event": "begin", "step": "source"})
@@ -128,7 +145,7 @@ class Pipeline:
         document = {
             "schema": MANIFEST_SCHEMA,
             "tool": {"name": "gptoss-convert", "version": __version__},
-            "recipe": {"name": self.recipe.path.name, "sha256": sha256(self.recipe.path.read_bytes())},
+            "recipe": {"name": self.recipe.path.name, "sha256": self.recipe.sha256},
             **inputs.parts(),
             "outputs": made,
         }
@@ -197,21 +214,22 @@ class Pipeline:
         place = self.recipe.out / "calibration" / f"{text.name}.gguf"
         made = steps.do(
             f"calibrate {text.name}", self.recipe.where("text", text.name), [self._origin(inputs), self._text(text, inputs)],
-            [place], lambda: self._calibrate(text, name, inputs.path, place),
+            [place], lambda: self._calibrate(text, name, inputs, place),
         )  # fmt: skip
         return Wish("importance", str(place)), made
 
-    def _calibrate(self, text: Text, name: str, source: Path, place: Path) -> None:
+    def _calibrate(self, text: Text, name: str, inputs: Inputs, place: Path) -> None:
         from gptoss_convert.convert.calibrate import calibrate
         from gptoss_convert.convert.texts import read_texts
 
         given = self.recipe.source
         calibrate(
-            source, place, lambda opened: read_texts(name, opened, text.context, text.tokens), context=text.context,
+            inputs.path, place, lambda opened: read_texts(name, opened, text.context, text.tokens), context=text.context,
             device=self.settings.device, threads=self.settings.threads, overwrite=True, show=self.show,
             gate_proj=given.get("gate_proj"),
             tokenizer=self.recipe.place(given["tokenizer"]) if "tokenizer" in given else None,
         )  # fmt: skip
+        require_unchanged(self.recipe, text, inputs)
 
     def _convert(self, output: Output, inputs: Inputs, place: Path, wish: Wish) -> None:
         made = convert(inputs.path, place, options_of(self.recipe, output, self.settings, wish), self.show)
@@ -222,6 +240,8 @@ class Pipeline:
                 "the source is no longer what was verified when the run began", file=inputs.path / changed[0],
                 found=read[changed[0]], remedy="let whatever changes it finish, then run again",
             )  # fmt: skip
+        if output.method == "gptq":
+            require_unchanged(self.recipe, self.recipe.texts[output.table["calibration"]], inputs)
 
     def _compare(
         self, steps: Steps, output: Output, inputs: Inputs, place: Path, made: Digests
@@ -236,7 +256,7 @@ class Pipeline:
             f"compare {output.name}", self._where(output),
             [self._origin(inputs), made, given, text and self._text(text, inputs)],
             [report, *([] if page is None else [page])],
-            lambda: measure(self.recipe, self.settings, inputs.path, place, text, given, report, page, self.show),
+            lambda: self._measure(inputs, place, text, given, report, page),
         )  # fmt: skip
         document = read_json(report)
         for gate in document["gates"]:
@@ -249,6 +269,13 @@ class Pipeline:
             "tensor_rms": worst if math.isfinite(worst) else None,
             **({} if text is None else self._of_text(output, text, inputs, document["text"])),
         }  # fmt: skip
+
+    def _measure(
+        self, inputs: Inputs, place: Path, text: Text | None, given: Mapping[str, Any], report: Path, page: Path | None
+    ) -> None:
+        measure(self.recipe, self.settings, inputs.path, place, text, given, report, page, self.show)
+        if text is not None:
+            require_unchanged(self.recipe, text, inputs)
 
     def _of_text(self, output: Output, text: Text, inputs: Inputs, found: dict[str, Any]) -> dict[str, Any]:
         """What the text has shown. held_out: whether it is another than the one that the output was calibrated on."""

@@ -20,11 +20,11 @@ from typing import Any
 from gptoss_convert.convert import verify as verifying
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.protect import files_read
-from gptoss_convert.convert.recipe import DEFAULT, Output, Recipe
+from gptoss_convert.convert.recipe import DEFAULT, Output, Recipe, Text
 from gptoss_convert.convert.resolve import fetched_folder, resolve_source
 from gptoss_convert.convert.source import open_source
 from gptoss_convert.convert.verify_report import Report
-from gptoss_convert.errors import BadInput, DigestMismatch, ExitCode, UnknownDigest, UsageError
+from gptoss_convert.errors import BadInput, DigestMismatch, ExitCode, InputChanged, UnknownDigest, UsageError
 from gptoss_convert.formats.digests import FileDigest, hash_files
 from gptoss_convert.formats.files import read_json
 from gptoss_convert.formats.output import write_atomically
@@ -103,7 +103,7 @@ def _place(recipe: Recipe, show: ShowProgress, lock: Mapping[str, Any] | None) -
         return recipe.place(given["path"]), {}
     folder = fetched_folder(given["repo"], given["revision"])
     locked = None if lock is None else lock.get("source")
-    if isinstance(locked, dict) and locked.get("revision") == given["revision"] and folder.is_dir():
+    if isinstance(locked, dict) and folder.is_dir():
         entries = walk(folder)
         found = hash_files([entry.path for entry in entries], threads=verifying.DEFAULT_THREADS)
         if {entry.name: found[entry.path].sha256 for entry in entries} == locked.get("files"):
@@ -143,7 +143,7 @@ def tree_digest(path: Path) -> str:
     entries = {entry.path: entry.name for entry in walk(source_root(path))}
     found = hash_files(list(entries), threads=verifying.DEFAULT_THREADS)
     listed = sorted((entries[place], digest.sha256) for place, digest in found.items())
-    return listed[0][1] if path.is_file() else sha256(json.dumps(listed).encode())
+    return listed[0][1] if path.is_file() else _sha256(json.dumps(listed).encode())
 
 
 def codecs_digest(recipe: Recipe, output: Output) -> str | None:
@@ -153,9 +153,19 @@ def codecs_digest(recipe: Recipe, output: Output) -> str | None:
 
 def _text_digest(recipe: Recipe, file: str) -> str:
     if file == DEFAULT:
-        return sha256(importlib.resources.files("gptoss_convert").joinpath("data/calibration.jsonl").read_bytes())
+        return _sha256(importlib.resources.files("gptoss_convert").joinpath("data/calibration.jsonl").read_bytes())
     path = recipe.place(file)
     return hash_files([path], threads=1)[path].sha256
+
+
+def require_unchanged(recipe: Recipe, text: Text, inputs: Inputs) -> None:
+    """InputChanged unless a text that was read is still the one that was hashed when the run began."""
+    now = _text_digest(recipe, text.file)
+    if now != inputs.texts[text.name]:
+        raise InputChanged(
+            "the text is no longer what it was when the run began", file=recipe.place(text.file), found=now,
+            expected=inputs.texts[text.name], remedy="run again",
+        )  # fmt: skip
 
 
 def lock_path(recipe: Recipe) -> Path:
@@ -208,6 +218,5 @@ def _short(value: object) -> str:
     return "none" if value is None else str(value)[:12]
 
 
-def sha256(data: bytes) -> str:
-    """In hex digits."""
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

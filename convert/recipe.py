@@ -8,6 +8,7 @@ Paths are relative to the recipe's folder.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import math
@@ -68,6 +69,7 @@ class Recipe:
     outputs: Sequence[Output]
     out: Path
     lines: Lines
+    sha256: str
 
     def place(self, name: str) -> Path:
         """A path of the recipe's."""
@@ -107,7 +109,8 @@ def read_recipe_file(path: Path) -> Recipe:
     }
     outputs = [Output(o["name"], o, lines.find(["output", i]), i) for i, o in enumerate(table["output"])]
     out = path.absolute().parent / table.get("out", "build")
-    recipe = Recipe(path.absolute(), table["source"], texts, outputs, out, lines)
+    digest = hashlib.sha256(data).hexdigest()
+    recipe = Recipe(path.absolute(), table["source"], texts, outputs, out, lines, digest)
     _require_known(recipe)
     return recipe
 
@@ -118,8 +121,6 @@ def _validate(table: Mapping[str, Any], path: Path, lines: Lines) -> None:
     error = best_match(_validator().iter_errors(table))
     if error is None:
         return
-    while error.parent is not None:  # what none of several forms fits is told as a whole
-        error = error.parent
     place = list(error.absolute_path)
     if error.validator == "additionalProperties":
         unknown = next((key for key in error.instance if key not in error.schema.get("properties", {})), None)
@@ -166,7 +167,10 @@ def _told(error: Any) -> tuple[str, str | None]:
 
 
 def _require_known(recipe: Recipe) -> None:
-    """Places are different ones, texts that are named are there, and sizes are sizes."""
+    """Places are different ones, texts that are named are there and can be read, and sizes are sizes."""
+    for text in recipe.texts.values():
+        if text.file != DEFAULT and Path(text.file).suffix.lower() not in (".txt", ".jsonl"):
+            raise _wrong(recipe, ["text", text.name, "file"], "not a text", text.file, '"default", a .txt or a .jsonl')
     seen: dict[str, str] = {}
     for index, output in enumerate(recipe.outputs):
         for place in dict.fromkeys(n.lower() for n in (output.name, output.file_name, file_name(output.file_name))):

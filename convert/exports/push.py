@@ -19,11 +19,12 @@ BLOCK = 16 << 20
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it went."""
+    """Where it went. others: what lay in the repository before and is not of this export."""
 
     repo: str
     commit: str
     url: str
+    others: tuple[str, ...] = ()
 
 
 def require_pushable(platform: str, name: str | None) -> str:
@@ -47,7 +48,8 @@ def push(folder: Path, repo: str, *, endpoint: str | None = None, token: str | N
         made = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by gptoss-convert export")
         commit, arrived = ask_hub(repo, made.oid, endpoint, token)
     _require_arrived(folder, repo, {file.name: file for file in arrived})
-    return Pushed(repo, commit, str(url))
+    ours = {str(entry.name) for entry in walk(folder)} | {".gitattributes"}  # the hub's own
+    return Pushed(repo, commit, str(url), tuple(file.name for file in arrived if file.name not in ours))
 
 
 def _require_arrived(folder: Path, repo: str, arrived: dict[str, RemoteFile]) -> None:

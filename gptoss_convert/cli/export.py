@@ -59,6 +59,11 @@ def command(
         pushed = upload(found.target, repo)
         found.document["pushed"] = {"repo": pushed.repo, "commit": pushed.commit, "url": pushed.url}
         found.first_steps[:] = [f"open {pushed.url}: private if it is new"]
+        if pushed.others:
+            found.document["pushed"]["others"] = list(pushed.others)
+            found.first_steps.append(
+                f"files of earlier uploads are still there; remove what is none of it: {', '.join(pushed.others)}"
+            )
     emit(found.document, as_json, lambda console: _show(console, found))
 
 

@@ -165,6 +165,7 @@ def test_the_manifest_is_the_same_from_another_folder(finished: Path, folder: Pa
         ("kld = 5.0", "kld = 6.0", ["compare weighed"]),
         ("context = 100", "context = 200", ["export int4-llama.cpp"]),
         ("tokens = 600", "tokens = 500", STEPS[2:]),
+        ("context = 64", "context = 48", STEPS[2:]),
     ],
 )
 def test_only_what_a_change_concerns_is_done_again(folder: Path, before: str, after: str, steps: list[str]) -> None:

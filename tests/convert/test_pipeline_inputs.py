@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import SMALL, Model, write_hf
+from support.checkpoints import SMALL, Model, write_bf16, write_hf
 from support.hub import Hub, pinned, serve, table
 
 from gptoss_convert.convert import official, pipeline
@@ -180,6 +182,143 @@ def test_options_that_do_not_fit_are_found_before_any_work(tmp_path: Path, befor
 
 def test_platforms_that_are_judged_early_are_platforms() -> None:
     assert SERVES.keys() <= PLATFORMS.keys()
+
+
+CHAT = '[text.t]\nfile = "t.txt"\ntokens = 600\ncontext = 64\n'
+OF_CHAT = 'to = "gguf"\ntype = "q4_0"\nallow_larger = true\n'
+
+
+@pytest.mark.parametrize(
+    ("of_text", "reader"),
+    [
+        ('method = "importance"\ncalibration = "t"', "gptoss_convert.convert.texts.read_texts"),
+        ('method = "gptq"\ncalibration = "t"', "gptoss_convert.convert.pipeline.convert"),
+        ('compare = {text = "t"}', "gptoss_convert.convert.pipeline.measure"),
+    ],
+)
+def test_a_text_that_changes_while_it_is_read_is_noticed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, of_text: str, reader: str
+) -> None:
+    text = model.parent / "t.txt"
+    text.write_text("What is read here are numbers in words, and they are many.\n" * 60)
+    module, _, name = reader.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+
+    def meddling(*arguments: Any, **options: Any) -> object:
+        found = real(*arguments, **options)
+        text.write_text("Another.")
+        return found
+
+    monkeypatch.setattr(reader, meddling)
+    path = recipe(model.parent, CHAT + RECIPE.replace('to = "gguf"\n', OF_CHAT + of_text + "\n"))
+    with pytest.raises(InputChanged, match="the text is no longer"):
+        run(path)
+
+
+@pytest.mark.parametrize("device", ["warp", "cuda:77"])
+def test_a_device_that_is_not_there_is_found_before_any_work(model: Path, device: str) -> None:
+    path = recipe(model.parent, RECIPE.replace('to = "gguf"\n', 'to = "gguf"\ncompare = {}\n'))
+    with pytest.raises(UsageError, match="device"):
+        run(path, device=device)
+    assert not (model.parent / "build").exists()
+
+
+def test_the_manifest_names_the_recipe_that_was_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(model.parent)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def editing(*arguments: Any) -> object:
+        path.write_text(RECIPE + "# edited while it ran\n")
+        return convert(*arguments)
+
+    monkeypatch.setattr(pipeline, "convert", editing)
+    run(path)
+    assert json.loads((model.parent / "build" / "manifest.json").read_text())["recipe"]["sha256"] == digest
+
+
+def test_an_edited_file_of_codecs_makes_its_output_again(model: Path) -> None:
+    codecs = model.parent / "codecs.toml"
+    parts = ("gate", "up", "down", "attention", "embedding", "head")
+    codecs.write_text("".join(f'{part} = "q8_0"\n' for part in parts))
+    given = 'to = "gguf"\nrecipe = "codecs.toml"\nallow_larger = true\n'
+    path = recipe(model.parent, RECIPE.replace('to = "gguf"\n', given))
+    run(path)
+    assert run(path) == ["source"]
+    codecs.write_text(codecs.read_text().replace('head = "q8_0"', 'head = "f16"'))
+    assert run(path) == ["source", "convert a"]
+
+
+def test_a_source_that_is_not_what_its_own_list_promises_is_refused(model: Path) -> None:
+    (model / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
+    with pytest.raises(DigestMismatch, match="not what was promised") as error:
+        run(recipe(model.parent))
+    assert str(error.value.found).startswith("config.json")
+
+
+def test_another_base_makes_its_output_again(model: Path, tmp_path: Path) -> None:
+    write_bf16(Model(SMALL), tmp_path / "tuned")
+    text = RECIPE.replace('"model"', '"tuned"').replace('to = "gguf"\n', 'to = "gguf"\nbase = "model"\n')
+    path = recipe(tmp_path, text)
+    run(path)
+    (model / "notes.txt").write_text("another base")
+    with pytest.raises(DigestMismatch, match="beside the source"):
+        run(path)
+    assert run(path, renew=True) == ["source", "convert a"]
+
+
+def test_another_way_to_read_a_text_makes_again_what_reads_it(model: Path) -> None:
+    lines = [
+        json.dumps({"text": f"Number {n} is what stands here, and it is followed by another."}) for n in range(200)
+    ]
+    (model.parent / "t.txt").write_text("\n".join(lines))
+    (model.parent / "t.jsonl").write_text("\n".join(lines))
+    text = CHAT + RECIPE.replace('to = "gguf"\n', OF_CHAT + 'compare = {text = "t"}\n')
+    path = recipe(model.parent, text)
+    run(path)
+    assert run(recipe(model.parent, text.replace("tokens = 600", "tokens = 500"))) == ["source", "compare a"]
+    assert run(recipe(model.parent, text.replace("context = 64", "context = 48"))) == ["source", "compare a"]
+    recipe(model.parent, text)
+    run(path)
+    assert run(recipe(model.parent, text.replace("t.txt", "t.jsonl"))) == ["source", "compare a"]
+
+
+def test_an_artifact_that_changes_while_it_is_compared_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptoss_convert.convert import compare
+
+    real = compare.compare
+
+    def meddling(*arguments: Any, **options: Any) -> object:
+        found = real(*arguments, **options)
+        (model.parent / "build/artifacts/a.gguf").touch()
+        return found
+
+    monkeypatch.setattr(compare, "compare", meddling)
+    with pytest.raises(InputChanged):
+        run(recipe(model.parent, RECIPE.replace('to = "gguf"\n', OF_CHAT + "compare = {}\n")))
+
+
+def test_another_version_makes_everything_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe(model.parent))
+    monkeypatch.setattr("gptoss_convert.convert.pipeline_steps.__version__", "9.9.9")
+    assert run(recipe(model.parent)) == ["source", "convert a"]
+
+
+def test_a_card_is_written_again_when_the_quality_in_it_changes(tmp_path: Path) -> None:
+    shutil.copytree(TRAINED, tmp_path / "model")
+    more = 'type = "q8_0"\nallow_larger = true\ncompare = {fail_above = {tensor_rms = 0.5}}\nexport = [{for = "huggingface"}]\n'
+    path = recipe(tmp_path, RECIPE + more)
+    assert run(path) == ["source", "convert a", "compare a", "export a-huggingface"]
+    recipe(tmp_path, RECIPE + more.replace("0.5", "0.6"))
+    assert run(path) == ["source", "compare a", "export a-huggingface"]
+    assert "relative RMS error" in (tmp_path / "build/exports/a-huggingface/README.md").read_text()
+
+
+def test_one_platform_may_be_exported_for_twice(tmp_path: Path) -> None:
+    shutil.copytree(TRAINED, tmp_path / "model")
+    path = recipe(tmp_path, RECIPE + 'export = [{for = "ollama", context = 100}, {for = "ollama", context = 200}]\n')
+    assert run(path)[2:] == ["export a-ollama-0", "export a-ollama-1"]
+    contexts = [(tmp_path / f"build/exports/a-ollama-{n}/Modelfile").read_text() for n in (0, 1)]
+    assert ["num_ctx 100" in contexts[0], "num_ctx 200" in contexts[1]] == [True, True]
 
 
 # --- from a hub ---------------------------------------------------------------------------------------------------------

@@ -94,6 +94,15 @@ def test_a_step_may_go_back_to_what_it_made_before(folder: Folder) -> None:
     assert folder.do(inputs=2, files="a/one a/two") == "done"
 
 
+def test_a_place_that_was_given_up_may_become_the_users(folder: Folder) -> None:
+    folder.do(files="a.gguf")
+    (folder.out / "a.gguf").unlink()
+    folder.do(inputs=2, files="a/one a/two")
+    (folder.out / "a.gguf").write_text("mine")
+    with pytest.raises(TargetExists):
+        folder.do(files="a.gguf")
+
+
 def test_what_a_killed_step_has_left_is_its_own(folder: Folder) -> None:
     def killed() -> None:
         (folder.out / "a.gguf").write_text("half")
@@ -143,9 +152,10 @@ def test_what_a_step_made_is_removed_unless_somebody_has_changed_it(folder: Fold
 
 def test_a_folder_that_is_empty_then_is_removed_as_well(folder: Folder) -> None:
     folder.do(files="a/one a/two")
+    (folder.out / MANIFEST).write_text("{}")
     with folder.steps() as steps:
         steps.remove("make")
-    assert not (folder.out / "a").exists()
+    assert sorted(path.name for path in folder.out.iterdir()) == [STATE], "and the manifest that names it"
 
 
 def test_two_runs_are_not_at_work_at_once(folder: Folder) -> None:

@@ -8,6 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gptoss_convert.convert.recipe import Recipe, read_recipe_file, schema
+from gptoss_convert.convert.sizes import parse_size
 from gptoss_convert.errors import BadInput, UsageError
 
 GOOD = """\
@@ -106,6 +107,7 @@ def test_what_does_not_fit_is_named_with_its_line(
     ("before", "after", "line", "what"),
     [
         ('name = "server"', 'name = "Laptop"', 22, "one name"),
+        ('file = "held.txt"', 'file = "held.md"', 11, "not a text"),
         ('name = "server"', 'name = "laptop.gguf"', 22, "one name"),
         ('name = "server"', 'name = "laptop.gguf.certificate.json"', 22, "one name"),
         ('to = "int4"', 'to = "int4"\nsplit_size = "4 apples"', 24, "not a size"),
@@ -146,6 +148,14 @@ def test_what_a_form_needs_is_said_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["4GB", "4GiB", "512MiB", "1.5 TB", "100000"])
 def test_sizes_are_those_of_the_command_line(tmp_path: Path, size: str) -> None:
     assert read(tmp_path, GOOD.replace('to = "int4"', f'to = "int4"\nsplit_size = "{size}"'))
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("4GB", 4 * 10**9), ("4 GiB", 4 << 30), ("512MiB", 512 << 20), ("1.5TB", 15 * 10**11), ("2k", 2000), ("7", 7)],
+)
+def test_a_size_is_so_many_bytes(size: str, count: int) -> None:
+    assert parse_size(size) == count
 
 
 @pytest.mark.parametrize("value", ["[" * 20_000 + "]" * 20_000, "1" * 5000])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import os
 import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +64,14 @@ def test_the_weights_are_the_artifacts_and_the_certificate_comes_along(
     assert texts["m.gguf.certificate.json"] == (gguf.parent / "m.gguf.certificate.json").read_text()
     assert "lost nothing" in texts["README.md"]
     assert json.loads(texts[write.MANIFEST])["platform"] == platform
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_what_was_not_proved_is_not_called_lossless(platform: str, convert: Callable[..., Any], tmp_path: Path) -> None:
+    convert(TRAINED, tmp_path / "m.gguf", "gguf", proof=False)
+    readme = export(tmp_path / "m.gguf", tmp_path / "out", platform)["README.md"]
+    assert "was not proved" in readme
+    assert "lost nothing" not in readme
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -128,6 +139,26 @@ def test_a_file_of_any_name_is_one_word_of_every_command(
         assert shlex.split(line)[2].removeprefix("model/") == ODD
     table = export(odd, tmp_path / "card", "huggingface")["README.md"].partition("## Size")[2]
     assert "| `` it's $(touch pwned) `x` \\| é.gguf `` |" in table
+
+
+def test_the_server_is_given_the_very_file_and_the_figures(
+    gguf: Path, copied: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    odd = copied(gguf).rename(tmp_path / ODD)
+    export(odd, tmp_path / "out", "llama.cpp", name="some/model", context=1000)
+    (tmp_path / "server").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "server").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "LLAMA_SERVER": str(tmp_path / "server")}
+    done = subprocess.run(
+        [tmp_path / "out" / "server.sh", "--seed", "a b"], env=environment, capture_output=True, text=True, check=True
+    )
+    given = done.stdout.splitlines()
+    said = dict(itertools.pairwise(given))
+    assert said["--model"] == str(tmp_path / "out" / ODD)
+    assert (said["--alias"], said["--ctx-size"], said["--host"]) == ("some/model", "1000", "127.0.0.1")
+    assert (said["--temp"], said["--top-p"], said["--top-k"], said["--min-p"]) == ("1.0", "1.0", "0", "0.0")
+    assert given[-2:] == ["--seed", "a b"]
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_name_of_two_lines_is_refused(gguf: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -268,6 +299,17 @@ def test_model_yaml_fits_the_schema(gguf: Path, tmp_path: Path) -> None:
     assert document["config"]["load"]["fields"] == [{"key": "llm.load.contextLength", "value": 4096}]
     assert "customFields" not in document, "this template has no reasoning effort"
     assert "lms import m.gguf" in texts["README.md"]
+
+
+def test_model_yaml_asks_for_openais_sampling(gguf: Path, tmp_path: Path) -> None:
+    fields = yaml.safe_load(export(gguf, tmp_path / "out", "lmstudio")["model.yaml"])["config"]["operation"]["fields"]
+    assert {field["key"].rpartition(".")[2]: field["value"] for field in fields} == {
+        "temperature": 1.0,
+        "topKSampling": 0,
+        "topPSampling": {"checked": True, "value": 1.0},
+        "minPSampling": {"checked": True, "value": 0.0},
+        "repeatPenalty": {"checked": False, "value": 1.0},
+    }
 
 
 def test_reasoning_effort_is_a_field_where_the_template_takes_it(gguf: Path) -> None:

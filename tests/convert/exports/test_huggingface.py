@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from support.compare_document import broken, document
 from support.hub import Hub, serve
 
 from gptoss_convert.cli import cli
+from gptoss_convert.config import release_config
 from gptoss_convert.convert.exports import write
 from gptoss_convert.convert.exports.artifact import open_artifact
 from gptoss_convert.convert.exports.huggingface import card_matter
@@ -132,6 +134,18 @@ def test_the_official_weights_name_their_model(artifacts: Path) -> None:
         assert "base_model" not in card_matter(artifact, None), "its widths are no release's"
 
 
+@pytest.mark.parametrize(("official", "base"), [(True, "openai/gpt-oss-20b"), (False, None)])
+def test_weights_of_the_releases_widths_name_it_only_where_they_are_official(
+    official: bool, base: str | None, artifacts: Path
+) -> None:
+    with open_artifact(artifacts / "mxfp4") as artifact:
+        made = {**artifact.certificate["source"], "official_weights": official}  # type: ignore[index]
+        object.__setattr__(artifact, "certificate", {**artifact.certificate, "source": made})  # type: ignore[dict-item]
+        artifact.source.config = release_config(24, 32)
+        assert card_matter(artifact, None).get("base_model") == base
+        assert card_matter(artifact, "some/base")["base_model"] == "some/base"
+
+
 def test_original_and_names_are_refused(convert: Callable[..., Any], artifacts: Path, tmp_path: Path) -> None:
     convert(TRAINED, tmp_path / "original", "original")
     with pytest.raises(Refused, match="cannot serve"):
@@ -210,6 +224,14 @@ def test_what_is_not_finite_is_said(artifacts: Path, tmp_path: Path) -> None:
     assert "missed: tensor_rms" in text
 
 
+def test_one_tensor_that_is_not_finite_speaks_for_its_part(artifacts: Path, tmp_path: Path) -> None:
+    made = document()
+    next(tensor for tensor in made["tensors"] if tensor["part"] == "down")["relative_rms"] = math.nan
+    quality = measured(tmp_path / "q.json", artifacts / "m.gguf", made)
+    _, text, _ = export(artifacts / "m.gguf", tmp_path / "out", quality=quality)
+    assert "| experts, down | not finite |" in text
+
+
 @pytest.mark.parametrize("by", ["digest", "name"])
 def test_the_quality_of_another_artifact_is_refused(by: str, artifacts: Path, tmp_path: Path) -> None:
     quality = measured(tmp_path / "q.json", artifacts / "int4", document())
@@ -286,6 +308,14 @@ def test_every_file_arrives_byte_for_byte(name: str, artifacts: Path, hub: Hub, 
     again = run(*arguments, "--overwrite")
     assert again.exit_code == 0, again.output
     assert [request for request in hub.requests if request.startswith("PUT /objects/")] == large, "nothing twice"
+
+
+def test_what_an_earlier_upload_left_is_named(artifacts: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"old-00001-of-00002.gguf": b"weights of before", ".gitattributes": b""}
+    arguments = (str(artifacts / "m.gguf"), "--for", "huggingface", "--name", REPO, "--push")
+    told = json.loads(run(*arguments, "--out", str(tmp_path / "a"), "--json").stdout)
+    assert told["pushed"]["others"] == ["old-00001-of-00002.gguf"]
+    assert "old-00001-of-00002.gguf" in run(*arguments, "--out", str(tmp_path / "b")).stdout
 
 
 def test_what_arrives_otherwise_is_a_mismatch(artifacts: Path, hub: Hub, tmp_path: Path) -> None:
