@@ -58,7 +58,8 @@ class Settings:
 
 def require_sense(recipe: Recipe, settings: Settings = Settings()) -> None:
     """UsageError, with the line, for an output whose options do not fit together or whose kind a platform cannot serve."""
-    from gptoss_convert.convert.exports.platforms import SERVES
+    from gptoss_convert.convert.exports.package import Request
+    from gptoss_convert.convert.exports.platforms import PLATFORMS
 
     for output in recipe.outputs:
         where = recipe.where("output", output.index)
@@ -70,11 +71,16 @@ def require_sense(recipe: Recipe, settings: Settings = Settings()) -> None:
             raise
         kind = _KINDS.get(output.table["to"], output.table["to"])
         for export in output.table.get("export", []):
-            served = SERVES.get(export["for"])
-            if served is not None and kind not in served:
+            platform = PLATFORMS[export["for"]]
+            try:
+                Request(**_without(export, "for")).only(export["for"], platform.options)
+            except UsageError as error:
+                error.file = where
+                raise
+            if kind not in platform.kinds:
                 raise UsageError(
                     f"{export['for']} cannot serve this output", file=where, found=f"{output.name}: {kind}",
-                    expected=" or ".join(served),
+                    expected=" or ".join(platform.kinds),
                 )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from gptoss_convert.convert.exports.package import Package, Request, require_kin
 from gptoss_convert.errors import Refused, UsageError
 from gptoss_convert.formats.files import read_json
 
-OPTIONS = {"name", "bucket", "role", "region"}
 MAX_BYTES = 200_000_000_000  # of a text model's weights, as the blog has it; read as decimal, the stricter
 REGION = DEFAULT_REGION  # "required for GPT-OSS"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +34,6 @@ _TO_BF16 = "gptoss-convert convert SRC DIR --to bf16"
 
 def package(artifact: Artifact, request: Request) -> Package:
     """The folder, or Refused with what to convert to."""
-    request.only("bedrock", OPTIONS)
     require_kind(
         artifact,
         "bedrock",

@@ -57,7 +57,6 @@ class _Model:
 
 def package(artifact: Artifact, request: Request) -> Package:
     """The cache's folder of one model, and README.md."""
-    request.only(PLATFORM, {"name", "context", "engine"})
     require_kind(artifact, PLATFORM, ("onnx",), _remedy(DEFAULT), "it loads ONNX")
     variant = variant_of(artifact.path)
     _require_loadable(artifact, variant, _runtime(request.engine))

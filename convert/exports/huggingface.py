@@ -81,7 +81,6 @@ _RUN = {
 
 def package(artifact: Artifact, request: Request) -> Package:
     """The artifact's files, its card as README.md; cards that were there keep their text under other names."""
-    request.only(PLATFORM, {"name", "base_model", "quality"})
     require_kind(artifact, PLATFORM, SERVED, "gptoss-convert convert SRC DIR --to hf", "no library of the hub loads it")
     chat = require_chat(artifact, PLATFORM)
     name = require_repository(request.name or f"OWNER/{artifact.model}-{artifact.kind}", "a repository")

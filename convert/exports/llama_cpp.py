@@ -26,7 +26,6 @@ _NAME = r"[A-Za-z0-9][\w./:-]*"
 
 def package(artifact: Artifact, request: Request) -> Package:
     """GGUF, certificate, server.sh, README.md."""
-    request.only(PLATFORM, {"name", "context"})
     chat = require_gguf(artifact, PLATFORM)
     context = served_context(artifact, request)
     alias = require_name(request.name or artifact.model, _NAME, "a model", 96)

@@ -41,7 +41,6 @@ def package(artifact: Artifact, request: Request) -> Package:
     """GGUF, certificate, model.yaml, README.md."""
     import yaml
 
-    request.only(PLATFORM, {"name", "context"})
     chat = require_gguf(artifact, PLATFORM)
     context = served_context(artifact, request)
     name = require_name(request.name or f"local/{artifact.model}", _NAME, "a model of LM Studio's, publisher/model", 96)

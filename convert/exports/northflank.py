@@ -76,7 +76,6 @@ DEFAULTS = ("h100-80", "h200-141", "b200-180")  # where --instance is not given:
 
 def package(artifact: Artifact, request: Request) -> Package:
     """Template, upload script and files."""
-    request.only("northflank", {"name", "instance", "image", "context"})
     made = Package(executable={"upload.sh"})
     image = request.image or vllm.IMAGE
     name = require_name(request.name or artifact.model, NAME, "a service", MOST)

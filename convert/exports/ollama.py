@@ -32,7 +32,6 @@ _NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?"
 
 def package(artifact: Artifact, request: Request) -> Package:
     """GGUF, certificate, Modelfile, README.md."""
-    request.only(PLATFORM, {"name", "context"})
     chat = require_gguf(artifact, PLATFORM, whole=True)
     context = served_context(artifact, request)
     name = require_name(request.name or artifact.model, _NAME, "a model of Ollama's", 80)

@@ -66,6 +66,15 @@ class Package:
 Export = Callable[[Artifact, Request], Package]
 
 
+@dataclass(frozen=True)
+class Platform:
+    """What turns an artifact and a request into a package, the request's fields that it knows, the kinds of artifact it takes."""
+
+    package: Export
+    options: frozenset[str]
+    kinds: tuple[str, ...]
+
+
 def require_kind(artifact: Artifact, platform: str, served: Collection[str], remedy: str, why: str = "") -> None:
     """Refuse a kind that a platform cannot serve; remedy: the command that makes one that it can."""
     if artifact.kind not in served:

@@ -1,4 +1,4 @@
-"""The platforms by name. A module's `package` turns an artifact and a request into what the platform deploys."""
+"""The platforms by name: what each is asked for, and which kinds of artifact it takes at all."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from gptoss_convert.convert.exports import (
     ollama,
     sagemaker,
 )
-from gptoss_convert.convert.exports.package import Export
+from gptoss_convert.convert.exports.package import Platform
 from gptoss_convert.convert.exports.vllm import SERVED
 
-PLATFORMS: dict[str, Export] = {
-    "sagemaker": sagemaker.package,
-    "bedrock": bedrock.package,
-    "azureml": azureml.package,
-    "foundry-local": foundry_local.package,
-    "llama.cpp": llama_cpp.package,
-    "ollama": ollama.package,
-    "lmstudio": lmstudio.package,
-    "northflank": northflank.package,
-    "huggingface": huggingface.package,
-}
+_DEPLOYMENT = frozenset({"name", "instance", "image", "context"})
+_AWS = frozenset({"name", "bucket", "role", "region"})
+_LOCAL = frozenset({"name", "context"})
 
-# The kinds of artifact that a platform's `package` takes; what is not listed is known only when the artifact is there.
-SERVES: dict[str, tuple[str, ...]] = {
-    "sagemaker": tuple(SERVED),
-    "bedrock": ("bf16",),
-    "azureml": tuple(SERVED),
-    "foundry-local": ("onnx",),
-    "llama.cpp": ("gguf",),
-    "ollama": ("gguf",),
-    "lmstudio": ("gguf",),
-    "northflank": tuple(SERVED),
-    "huggingface": huggingface.SERVED,
+PLATFORMS: dict[str, Platform] = {
+    "sagemaker": Platform(sagemaker.package, _DEPLOYMENT | _AWS | {"engine", "archive"}, tuple(SERVED)),
+    "bedrock": Platform(bedrock.package, _AWS, ("bf16",)),
+    "azureml": Platform(azureml.package, _DEPLOYMENT | {"engine"}, tuple(SERVED)),
+    "foundry-local": Platform(foundry_local.package, _LOCAL | {"engine"}, ("onnx",)),
+    "llama.cpp": Platform(llama_cpp.package, _LOCAL, ("gguf",)),
+    "ollama": Platform(ollama.package, _LOCAL, ("gguf",)),
+    "lmstudio": Platform(lmstudio.package, _LOCAL, ("gguf",)),
+    "northflank": Platform(northflank.package, _DEPLOYMENT, tuple(SERVED)),
+    "huggingface": Platform(huggingface.package, frozenset({"name", "base_model", "quality"}), huggingface.SERVED),
 }

@@ -36,7 +36,6 @@ from gptoss_convert.convert.exports.package import Package, Request, require_kin
 from gptoss_convert.convert.exports.vllm import SERVED, require_context, text, version_of, weight_bytes
 from gptoss_convert.errors import Refused, UsageError
 
-OPTIONS = {"name", "instance", "image", "engine", "bucket", "role", "region", "context", "archive"}
 ENGINES = ("vllm", "lmi")
 WHERE = "/opt/ml/model"
 _NAME = "[a-zA-Z0-9](-*[a-zA-Z0-9])*"  # botocore's ModelName, EndpointConfigName, EndpointName; at most 63 characters
@@ -59,7 +58,6 @@ class _Plan:
 
 def package(artifact: Artifact, request: Request) -> Package:
     """The folder, or Refused with what to convert to."""
-    request.only("sagemaker", OPTIONS)
     require_kind(
         artifact, "sagemaker", tuple(SERVED), "gptoss-convert convert SRC DIR --to hf",
         "its vLLM and LMI containers read safetensors under the names that vLLM's gpt-oss class knows",

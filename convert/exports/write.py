@@ -48,11 +48,12 @@ def export(
     """Write the folder that `platform` deploys."""
     if platform not in PLATFORMS:
         raise UsageError("no such platform", found=platform, expected=", ".join(PLATFORMS))
+    request.only(platform, PLATFORMS[platform].options)
     target = target.absolute()
     with Output(target, folder=True, overwrite=overwrite, marker=MANIFEST) as output, open_artifact(path) as artifact:
         protect_inputs(target, [path, *files_read(artifact.source), *artifact.files.values()])
         _require_outside(target, path)
-        package = PLATFORMS[platform](artifact, request)
+        package = PLATFORMS[platform].package(artifact, request)
         _require_listable(package, path)
         digests = _write(package, artifact, output, platform, show)
         document = _manifest(package, artifact, platform, digests)

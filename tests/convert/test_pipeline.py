@@ -16,9 +16,8 @@ import pytest
 from support.checkpoints import SMALL, Model, write_hf
 
 from gptoss_convert.convert.exports import write as exporting
-from gptoss_convert.convert.exports.artifact import Artifact
-from gptoss_convert.convert.exports.package import Package, Request
-from gptoss_convert.convert.exports.platforms import SERVES
+from gptoss_convert.convert.exports.artifact import KINDS, Artifact
+from gptoss_convert.convert.exports.package import Package, Platform, Request
 from gptoss_convert.convert.pipeline import Pipeline, Settings
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.convert.recipe import read_recipe_file
@@ -63,7 +62,6 @@ STEPS = [
 
 
 def package(artifact: Artifact, request: Request) -> Package:
-    request.only("llama.cpp", {"context"})
     made = Package()
     made.copy(artifact)
     made.files["context.txt"] = str(request.context).encode()
@@ -74,8 +72,7 @@ def package(artifact: Artifact, request: Request) -> Package:
 def a_platform() -> Iterator[None]:
     """llama.cpp takes everything, so that small models without a tokenizer can be exported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(exporting.PLATFORMS, "llama.cpp", package)
-        patch.delitem(SERVES, "llama.cpp")
+        patch.setitem(exporting.PLATFORMS, "llama.cpp", Platform(package, frozenset({"context"}), KINDS))
         yield
 
 

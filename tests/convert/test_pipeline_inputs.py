@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from support.hub import Hub, pinned, serve, table
 
 from gptoss_convert.convert import official, pipeline
 from gptoss_convert.convert.conversion import Options, convert
-from gptoss_convert.convert.exports.platforms import PLATFORMS, SERVES
+from gptoss_convert.convert.exports.package import Request
+from gptoss_convert.convert.exports.platforms import PLATFORMS
 from gptoss_convert.convert.pipeline import Pipeline, Settings, require_sense
 from gptoss_convert.convert.progress import silent
-from gptoss_convert.convert.recipe import read_recipe_file
+from gptoss_convert.convert.recipe import read_recipe_file, schema
 from gptoss_convert.errors import (
     BadInput,
     DigestMismatch,
@@ -170,6 +172,11 @@ def test_what_is_not_there_is_named_with_its_line_before_any_work(
         ('to = "gguf"', 'to = "gguf"\nmethod = "gptq"\ncalibration = "t"\nbase = "b"', "--base"),
         ('to = "gguf"', 'to = "gguf"\nexport = [{for = "bedrock"}]', "bedrock cannot serve"),
         ('to = "gguf"', 'to = "int4"\nexport = [{for = "ollama"}]', "ollama cannot serve"),
+        (
+            'to = "gguf"',
+            'to = "gguf"\nexport = [{for = "ollama", region = "eu"}]',
+            "--region means nothing for --for ollama",
+        ),
         ('name = "a"', 'name = "a.gguf"\nsplit_size = "1GB"', "split GGUF is a folder"),
     ],
 )
@@ -180,8 +187,10 @@ def test_options_that_do_not_fit_are_found_before_any_work(tmp_path: Path, befor
     assert str(error.value.file).endswith("r.toml, line 6")
 
 
-def test_platforms_that_are_judged_early_are_platforms() -> None:
-    assert SERVES.keys() <= PLATFORMS.keys()
+def test_every_platform_of_the_schema_is_one_and_the_other_way_round() -> None:
+    items = schema()["properties"]["output"]["items"]["properties"]["export"]["items"]["properties"]
+    assert set(items["for"]["enum"]) == PLATFORMS.keys()
+    assert items.keys() - {"for"} == {f.name for f in fields(Request)} - {"quality"}
 
 
 CHAT = '[text.t]\nfile = "t.txt"\ntokens = 600\ncontext = 64\n'

@@ -13,13 +13,12 @@ import pytest
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.exports import write
 from gptoss_convert.convert.exports.artifact import Artifact, open_artifact
-from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
+from gptoss_convert.convert.exports.package import Package, Platform, Request, require_kind, require_name
 from gptoss_convert.convert.progress import silent
 from gptoss_convert.errors import BadInput, DigestMismatch, Refused, TargetExists, UsageError
 
 
 def package(artifact: Artifact, request: Request) -> Package:
-    request.only("somewhere", {"name", "context"})
     require_kind(artifact, "somewhere", ("int4", "mxfp4", "gguf"), "gptoss-convert convert SRC DIR --to int4")
     made = Package(notes=["a note"], first_steps=["do this"], executable={"run.sh"})
     made.copy(artifact, "model/")
@@ -27,9 +26,12 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
+SOMEWHERE = Platform(package, frozenset({"name", "context"}), ("int4", "mxfp4", "gguf"))
+
+
 @pytest.fixture(autouse=True)
 def somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(write.PLATFORMS, "somewhere", package)
+    monkeypatch.setitem(write.PLATFORMS, "somewhere", SOMEWHERE)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_a_killed_export_copies_no_whole_file_again(
     export(artifacts / "int4", tmp_path / "out")
     assert len(copied) == len(set(copied)) + 1
     monkeypatch.undo()
-    monkeypatch.setitem(write.PLATFORMS, "somewhere", package)
+    monkeypatch.setitem(write.PLATFORMS, "somewhere", SOMEWHERE)
     whole = export(artifacts / "int4", tmp_path / "whole")
     assert whole.document == json.loads((tmp_path / "out" / write.MANIFEST).read_text())
 
