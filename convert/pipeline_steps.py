@@ -156,7 +156,7 @@ class Steps:
             or not all(map(_is_record, steps.values()))
         ):
             raise BadInput(
-                "not the state of a run", file=path, found=found.get("schema"), expected=STATE_SCHEMA,
+                "not the state of a run", file=path, found=_form(found), expected=STATE_SCHEMA,
                 remedy="remove the folder, or give the recipe another out",
             )  # fmt: skip
         if found.get("recipe") != self._recipe:
@@ -177,6 +177,10 @@ class Steps:
 
     def _withdraw_manifest(self) -> None:
         (self.out / MANIFEST).unlink(missing_ok=True)
+
+
+def _form(found: Mapping[str, Any]) -> str:
+    return "steps that no run has written" if found.get("schema") == STATE_SCHEMA else f"schema {found.get('schema')}"
 
 
 def _is_record(record: object) -> bool:
