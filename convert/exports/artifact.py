@@ -11,7 +11,7 @@ The kind is told by what is there, never by a name:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,7 @@ class Artifact:
     @property
     def certificate_name(self) -> str | None:
         """The name of the certificate among `files`, if it has one."""
-        name = FOLDER_NAME if self.path.is_dir() else file_name(self.path.name)
-        return name if name in self.files else None
+        return _certificate_name(self.path, self.files)
 
     @property
     def official(self) -> bool:
@@ -114,15 +113,31 @@ def _kind(path: Path, source: Source) -> str:
 def _files(path: Path, source: Source) -> dict[str, Path]:
     if path.is_dir():
         return {str(entry.name): entry.path for entry in walk(path)}
-    beside = path.parent / file_name(path.name)
     found = {file.path.name: file.path for file in source.files}
+    beside = path.parent / file_name(path.name)
+    if not beside.is_file() and len(found) > 1 and _lists(path.parent / FOLDER_NAME, found):
+        beside = path.parent / FOLDER_NAME  # the parts of a split GGUF have one in their folder
     return found | ({beside.name: beside} if beside.is_file() else {})
 
 
+def _lists(place: Path, names: Iterable[str]) -> bool:
+    """Whether there is a certificate with these files in it."""
+    if not place.is_file() or place.stat().st_size > MAX_JSON_BYTES:
+        return False
+    document = parse_json(place.read_bytes(), place)
+    return _is_whole(document) and set(names) <= {file["name"] for file in document["artifact"]["files"]}
+
+
+def _certificate_name(path: Path, files: Mapping[str, Path]) -> str | None:
+    known = (FOLDER_NAME,) if path.is_dir() else (file_name(path.name), FOLDER_NAME)
+    return next((name for name in known if name in files), None)
+
+
 def _certificate(path: Path, files: Mapping[str, Path]) -> Mapping[str, Any] | None:
-    place = files.get(FOLDER_NAME if path.is_dir() else file_name(path.name))
-    if place is None or place.stat().st_size > MAX_JSON_BYTES:
+    name = _certificate_name(path, files)
+    if name is None or files[name].stat().st_size > MAX_JSON_BYTES:
         return None
+    place = files[name]
     document = parse_json(place.read_bytes(), place)
     if "artifact" not in document or "source" not in document:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 import os
 import shlex
 import subprocess
@@ -159,6 +160,23 @@ def test_the_server_is_given_the_very_file_and_the_figures(
     assert (said["--temp"], said["--top-p"], said["--top-k"], said["--min-p"]) == ("1.0", "1.0", "0", "0.0")
     assert given[-2:] == ["--seed", "a b"]
     assert not (tmp_path / "pwned").exists()
+
+
+def test_parts_are_the_same_artifact_by_their_folder_and_by_the_first(parts: Path, tmp_path: Path) -> None:
+    first = sorted(parts.glob("*.gguf"))[0]
+    by_folder = export(parts, tmp_path / "a", "llama.cpp")
+    by_part = export(first, tmp_path / "b", "llama.cpp")
+    assert "gptoss-certificate.json" in by_part
+    assert by_part["README.md"] == by_folder["README.md"]
+    assert "lost nothing" in by_part["README.md"]
+
+
+def test_a_certificate_of_other_files_is_not_that_of_the_parts(parts: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(parts, tmp_path / "m"))
+    first = sorted(copy.glob("*.gguf"))[0]
+    certificate = copy / "gptoss-certificate.json"
+    certificate.write_text(certificate.read_text().replace(first.name, "other.gguf"))
+    assert "There is no certificate" in export(first, tmp_path / "out", "llama.cpp")["README.md"]
 
 
 def test_a_name_of_two_lines_is_refused(gguf: Path, copied: Callable[[Path], Path], tmp_path: Path) -> None:
