@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import shutil
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
