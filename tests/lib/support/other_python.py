@@ -1,6 +1,6 @@
 """A second interpreter for packages that do not go together with ours (azure-ai-ml wants marshmallow 3), and what runs in it.
 
-python3 -m venv .cache/azureml && .cache/azureml/bin/pip install -U pip azure-ai-ml==1.35.2 mlflow-skinny==3.17.2 pandas
+`make suite` makes it in .cache/azureml.
 """
 
 from __future__ import annotations
