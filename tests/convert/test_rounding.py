@@ -174,7 +174,7 @@ def test_a_killed_run_rounds_no_finished_matrix_again(
 def test_a_run_that_was_killed_reports_what_an_uninterrupted_one_does(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = convert(checkpoint, tmp_path / "whole", "gptq", to="int4", type=None)
+    whole = convert(checkpoint, tmp_path / "whole", "gptq", to="int4", type=None, allow_larger=False)
     real, count = rounding.Stage.round, 0
 
     def stop(stage: rounding.Stage, *arguments: Any) -> None:
@@ -186,8 +186,8 @@ def test_a_run_that_was_killed_reports_what_an_uninterrupted_one_does(
 
     monkeypatch.setattr(rounding.Stage, "round", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None)
-    again = convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None)
+        convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None, allow_larger=False)
+    again = convert(checkpoint, tmp_path / "killed", "gptq", to="int4", type=None, allow_larger=False)
     assert again.document["rounding"] == whole.document["rounding"]
     name = "gptoss-calibration.json"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
