@@ -10,6 +10,7 @@ The kind is told by what is there, never by a name:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.names import GATE_UP, layer_name
 from gptoss_convert.convert.source import Layout, Source, open_source
-from gptoss_convert.errors import BadInput, Refused
+from gptoss_convert.errors import BadInput, DigestMismatch, Refused
 from gptoss_convert.formats.files import MAX_JSON_BYTES, parse_json
 from gptoss_convert.formats.tree import walk
 
@@ -85,6 +86,19 @@ class Artifact:
         found = {file["name"]: file["sha256"] for file in self.certificate["artifact"]["files"]}
         return found.get(name)
 
+    def require_certified(self, name: str, data: bytes) -> None:
+        """As require_digest, of a small file that an export does not copy but reads."""
+        self.require_digest(name, hashlib.sha256(data).hexdigest())
+
+    def require_digest(self, name: str, sha256: str) -> None:
+        """DigestMismatch where the certificate has another SHA-256 of a file."""
+        promised = self.digest(name)
+        if promised is not None and promised != sha256:
+            raise DigestMismatch(
+                "a file of the artifact is not the one that its certificate names", file=self.files[name], found=sha256,
+                expected=promised, remedy="gptoss-convert verify tells which files are whole; convert again",
+            )  # fmt: skip
+
 
 @contextmanager
 def open_artifact(path: Path) -> Iterator[Artifact]:
@@ -105,6 +119,11 @@ def _kind(path: Path, source: Source) -> str:
             return _BY_CODEC[encoding]
     if source.layout in _BY_LAYOUT:
         return _BY_LAYOUT[source.layout]
+    if source.layout is Layout.ONNX:
+        raise Refused(
+            "an ONNX folder without genai_config.json, by which every runtime of it loads a model", file=path,
+            found="no such file", expected="genai_config.json", remedy="gptoss-convert convert SRC DIR --to onnx",
+        )  # fmt: skip
     raise Refused(
         "a checkpoint in this layout is no artifact to deploy", file=path, found=str(source.layout),
         expected="what gptoss-convert convert writes", remedy="convert it first: gptoss-convert convert SRC DIR --to bf16",

@@ -45,14 +45,16 @@ def licence(artifact: Artifact) -> str | None:
     return ", ".join(dict.fromkeys(text for text in found if text)) or None
 
 
-def provenance(artifact: Artifact) -> list[str]:
-    """Lines for a README: what the certificate says that it was made from, and what was lost on the way."""
+def provenance(artifact: Artifact, folder: str = "") -> list[str]:
+    """Lines for a README: what the certificate says that it was made from, and what was lost on the way.
+
+    folder: where in the export the certificate lies, with its slash.
+    """
     made = artifact.certificate
     if made is None:
         return ["There is no certificate with it: what it was made from, and what that cost, is not known."]
     weights = "OpenAI's, every file's digest known" if made["source"]["official_weights"] else "not OpenAI's own files"
     lost = made["lost"]
     cost = "was not proved" if lost is None else "lost nothing" if not lost else "lost: " + "; ".join(lost)
-    return [
-        f"The source's weights are {weights}. The conversion {cost}. The whole account: {code(artifact.certificate_name or '')}."
-    ]
+    account = code(f"{folder}{artifact.certificate_name}")
+    return [f"The source's weights are {weights}. The conversion {cost}. The whole account: {account}."]
