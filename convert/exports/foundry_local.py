@@ -13,10 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.certificate import FOLDER_NAME
+from gptoss_convert.convert.conversion import Options, wanted
 from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.chat_files import require_chat_files
@@ -27,8 +30,9 @@ from gptoss_convert.convert.exports.onnx_facts import caveats, loaded_by, reside
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.words import paragraph, size, table
 from gptoss_convert.convert.onnx_layout import Variant
+from gptoss_convert.convert.source import Source
 from gptoss_convert.convert.source_onnx import variant_of
-from gptoss_convert.convert.target_onnx import OLDEST, oldest_runtime
+from gptoss_convert.convert.target_onnx import OLDEST, choose_variant, oldest_runtime
 from gptoss_convert.errors import Refused, UsageError
 from gptoss_convert.formats.files import parse_json
 
@@ -40,7 +44,7 @@ DEFAULT, COMMAND_LINE = (1, 31), (1, 26)
 PREFILL = 512  # tokens: of a longer prompt onnxruntime-genai would hold the logits of every position at once
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]{1,9})?"
 _VERSION = re.compile(r"(\d{1,3})\.(\d{1,3})(\.\d{1,6})?", re.ASCII)
-_WHAT = "a model of Foundry Local's"
+require_own_name = partial(require_name, pattern=_NAME, what="a model of Foundry Local's", most=96)
 _F32 = 4
 _CHANNELS = (
     "Foundry Local's library knows nothing of harmony's channels: its answers may have `<|channel|>analysis` and the like in "
@@ -62,9 +66,9 @@ def package(artifact: Artifact, request: Request) -> Package:
     """The cache's folder of one model, and README.md."""
     require_kind(artifact, PLATFORM, ("onnx",), _remedy(DEFAULT), "it loads ONNX")
     variant = variant_of(artifact.path)
-    _require_loadable(artifact, variant, _runtime(request.engine))
+    _require_loadable(artifact.path, variant, _runtime(request.engine))
     chat = require_chat_files(artifact, PLATFORM)
-    context, model = _context(artifact, request, variant), _model(artifact, request, variant)
+    context, model = _context(artifact.config, request, variant), _model(artifact, request, variant)
     settings = read_settings(artifact, variant, chat.ends.values())
     settings.document["search"] |= {"max_length": context, "chunk_size": PREFILL}
     made = Package(notes=[*chat.notes, *settings.notes])
@@ -87,6 +91,13 @@ def package(artifact: Artifact, request: Request) -> Package:
         f"foundry model run {model.name}",
     ]
     return made
+
+
+def foresee(_: str, source: Source, options: Options, request: Request) -> None:
+    """Refuse, before the conversion, what package() would refuse of its result."""
+    variant = choose_variant(source, wanted(options))
+    _require_loadable(source.path, variant, _runtime(request.engine))
+    _context(source.config, request, variant)
 
 
 def kv_cache(config: ModelConfig, variant: Variant, context: int) -> int:
@@ -120,14 +131,14 @@ def _runtime(engine: str | None) -> tuple[int, int]:
     return runtime
 
 
-def _require_loadable(artifact: Artifact, variant: Variant, runtime: tuple[int, int]) -> None:
+def _require_loadable(path: Path, variant: Variant, runtime: tuple[int, int]) -> None:
     needs = oldest_runtime(variant)
     if needs <= runtime:
         return
     mxfp4, asked = variant.experts == "mxfp4", version_text(runtime)
     raise Refused(
         f"Foundry Local with ONNX Runtime {asked} ({RUNTIMES.get(runtime, '--engine')}) does not load this folder",
-        file=artifact.path,
+        file=path,
         found=f"{'experts mxfp4, which need' if mxfp4 else 'a cache of windows, which needs'} ONNX Runtime {version_text(needs)}",
         expected=f"what ONNX Runtime {asked} loads",
         remedy=f"{_remedy(runtime)}{', which holds MXFP4 experts exactly as int8' if mxfp4 else f' --experts {variant.experts}'}"
@@ -139,8 +150,8 @@ def _remedy(runtime: tuple[int, int]) -> str:
     return f"gptoss-convert convert SRC DIR --to onnx --onnx-runtime {version_text(runtime)}"
 
 
-def _context(artifact: Artifact, request: Request, variant: Variant) -> int:
-    context, window = served_context(artifact, request), artifact.config.sliding_window
+def _context(config: ModelConfig, request: Request, variant: Variant) -> int:
+    context, window = served_context(config, request), config.sliding_window
     if variant.window_cache and context < window:
         raise UsageError(
             "ONNX Runtime computes nothing in less context than the window that its cache keeps", found=f"--context {context}",
@@ -152,7 +163,7 @@ def _context(artifact: Artifact, request: Request, variant: Variant) -> int:
 def _model(artifact: Artifact, request: Request, variant: Variant) -> _Model:
     """What Foundry Local calls it: as asked, as the folder says, or by what it is."""
     name = request.name or _own_name(artifact) or f"{artifact.model}-{variant.experts}-cpu"
-    require_name(name, _NAME, _WHAT, 96)
+    require_own_name(name)
     stem, _, version = name.partition(":")
     return _Model(stem, int(version or 1))
 
@@ -168,7 +179,7 @@ def _own_name(artifact: Artifact) -> str | None:
     if not isinstance(name, str):
         return None
     try:
-        return require_name(name, _NAME, _WHAT, 96)
+        return require_own_name(name)
     except UsageError as error:
         error.file, error.remedy = str(place), "say another: --name NAME[:VERSION]"
         raise

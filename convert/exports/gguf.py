@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.chat import Chat, require_chat
 from gptoss_convert.convert.exports.memory import DEFAULT_CONTEXT
@@ -26,9 +27,9 @@ def require_gguf(artifact: Artifact, platform: str, *, whole: bool = False) -> C
     return require_chat(artifact, platform)
 
 
-def served_context(artifact: Artifact, request: Request) -> int:
+def served_context(config: ModelConfig, request: Request) -> int:
     """Tokens of context: what was asked for, if the model has as many."""
-    most = artifact.config.max_positions
+    most = config.max_positions
     if request.context is not None and request.context > most:
         raise UsageError("--context is more than the model has", found=request.context, expected=f"at most {most}")
     return request.context or min(DEFAULT_CONTEXT, most)

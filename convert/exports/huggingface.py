@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     """The artifact's files, its card as README.md; cards that were there keep their text under other names."""
     require_kind(artifact, PLATFORM, SERVED, "gptoss-convert convert SRC DIR --to hf", "no library of the hub loads it")
     chat = require_chat(artifact, PLATFORM)
-    name = require_repository(request.name or f"OWNER/{artifact.model}-{artifact.kind}", "a repository")
+    name = require_own_name(request.name or f"OWNER/{artifact.model}-{artifact.kind}")
     if request.base_model is not None:
         require_repository(request.base_model, "a base model")
     made = Package()
@@ -133,6 +134,9 @@ def require_repository(name: str, what: str) -> str:
             expected="OWNER/NAME without --, .. or .git, ending in a letter or digit",
         ) from error
     return name
+
+
+require_own_name = partial(require_repository, what="a repository")
 
 
 def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:
