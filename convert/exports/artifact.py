@@ -27,6 +27,7 @@ from gptoss_convert.errors import BadInput, DigestMismatch, Refused
 from gptoss_convert.formats.files import MAX_JSON_BYTES, parse_json
 from gptoss_convert.formats.tree import walk
 
+MANIFEST, SUMS = "gptoss-export.json", "SHA256SUMS"  # of an export: its lists of files are true of that alone
 KINDS = ("gguf", "mxfp4", "bf16", "int4", "int8", "int8-g32", "onnx", "original")
 _BY_LAYOUT = {Layout.HF: "mxfp4", Layout.BF16: "bf16", Layout.ORIGINAL: "original", Layout.GGUF: "gguf"}
 _BY_CODEC = {"int4_g32": "int4", "int8_g32": "int8-g32", "int8_channel": "int8"}
@@ -34,7 +35,7 @@ _BY_CODEC = {"int4_g32": "int4", "int8_g32": "int8-g32", "int8_channel": "int8"}
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact opened for export. files: every file of it by its name in the folder, small ones included."""
+    """An artifact opened for export. files: every file of it by its name in the folder, small ones too, but an export's lists."""
 
     path: Path
     kind: str
@@ -132,7 +133,7 @@ def _kind(path: Path, source: Source) -> str:
 
 def _files(path: Path, source: Source) -> dict[str, Path]:
     if path.is_dir():
-        return {str(entry.name): entry.path for entry in walk(path)}
+        return {str(entry.name): entry.path for entry in walk(path) if str(entry.name) not in (MANIFEST, SUMS)}
     beside = path.parent / file_name(path.name)
     found = {file.path.name: file.path for file in source.files}
     return found | ({beside.name: beside} if beside.is_file() else {})

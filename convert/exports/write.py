@@ -19,7 +19,7 @@ import blake3
 
 from gptoss_convert import __version__
 from gptoss_convert.convert.exports.archive import Archive
-from gptoss_convert.convert.exports.artifact import Artifact, as_json, open_artifact
+from gptoss_convert.convert.exports.artifact import MANIFEST, SUMS, Artifact, as_json, open_artifact
 from gptoss_convert.convert.exports.package import Package, Request
 from gptoss_convert.convert.exports.platforms import PLATFORMS
 from gptoss_convert.convert.progress import ShowProgress
@@ -28,7 +28,6 @@ from gptoss_convert.errors import BadInput, UsageError
 from gptoss_convert.formats.files import SourceFile
 from gptoss_convert.formats.output import Output
 
-MANIFEST, SUMS = "gptoss-export.json", "SHA256SUMS"
 SCHEMA = "gptoss-convert/export/1"
 BLOCK = 16 << 20
 

@@ -19,6 +19,7 @@ from gptoss_convert.convert.exports.foundry_local import PREFILL, kv_cache
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.onnx_layout import Variant
 from gptoss_convert.convert.progress import silent
+from gptoss_convert.convert.verify import verify
 from gptoss_convert.errors import BadInput, DigestMismatch, Refused, UsageError
 
 EXPERTS_OF = {"1.26": "int8", "1.31": "int8", "1.32": "mxfp4"}
@@ -382,6 +383,15 @@ def test_the_export_of_an_export_is_the_same(folders: dict[str, Path], tmp_path:
     again = export(place, tmp_path / "b")
     for path in place.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_folder_from_the_hub_leaves_its_lists_of_digests_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They are of other files: genai_config.json is another here."""
+    write.export(folders["1.31"], tmp_path / "hub", "huggingface", Request(), show=silent)
+    place = export(tmp_path / "hub", tmp_path / "out")
+    assert {p.name for p in place.iterdir()} >= {"README.md", "model.onnx", "gptoss-certificate.json"}
+    assert not {p.name for p in place.iterdir()} & {"SHA256SUMS", "gptoss-export.json"}
+    assert verify(place).exit_code() == 0
 
 
 def test_the_certificate_stays_true_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
