@@ -95,7 +95,7 @@ def package(artifact: Artifact, request: Request) -> Package:
         other = LOADING if artifact.kind in _INTEGERS else SOURCE_CARD
         if other not in made.files:
             made.files[other] = made.files[CARD]
-    if artifact.kind not in ("gguf", "onnx") and (defaults := generation_config(artifact, chat)) is not None:
+    if artifact.kind != "gguf" and (defaults := generation_config(artifact, chat)) is not None:
         made.files[GENERATION] = defaults
         made.notes.append(f"{GENERATION} was completed: every end token stops generation")
     if artifact.kind == "onnx":

@@ -115,10 +115,13 @@ def test_genai_stops_at_every_end_token_too(artifacts: Path, tmp_path: Path, cop
     table = json.loads(place.read_text())
     table["model"]["eos_token_id"] = 1508
     place.write_text(json.dumps(table))
+    (source / "generation_config.json").write_text('{"eos_token_id": 1508}')
     _, _, found = export(source, tmp_path / "out")
-    ends = json.loads((tmp_path / "out/genai_config.json").read_text())["model"]["eos_token_id"]
-    assert set(ends) == {1508, 1518, 1505}
-    assert any("genai_config.json was completed" in note for note in found.document["notes"])
+    made = [json.loads((tmp_path / "out" / name).read_text()) for name in (place.name, "generation_config.json")]
+    for ends in (made[0]["model"]["eos_token_id"], made[1]["eos_token_id"]):
+        assert set(ends) == {1508, 1518, 1505}
+    for name in (place.name, "generation_config.json"):
+        assert any(f"{name} was completed" in note for note in found.document["notes"])
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4", "onnx"])
