@@ -23,6 +23,7 @@ from typing import Any
 from gptoss_convert import __version__
 from gptoss_convert.convert.calibration import Wish, require_torch
 from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
+from gptoss_convert.convert.companions import TOKENIZER
 from gptoss_convert.convert.compare_gates import largest
 from gptoss_convert.convert.conversion import Options, convert, open_for, require_fitting
 from gptoss_convert.convert.pipeline_inputs import (
@@ -180,17 +181,24 @@ class Pipeline:
         from gptoss_convert.convert.exports.platforms import PLATFORMS
 
         for output in self.recipe.outputs:
+            if not output.table.get("export"):
+                continue
             options = options_of(self.recipe, output, self.settings, Wish(output.method))
-            for export in output.table.get("export", []):
-                foresee = PLATFORMS[export["for"]].foresee
-                if foresee is None:
-                    continue
-                try:
-                    with open_for(inputs.path, options) as source:
-                        foresee(_kind(output), source, options, Request(**_without(export, "for")))
-                except (Refused, UsageError) as error:
-                    error.file = self._where(output)
-                    raise
+            with open_for(inputs.path, options) as source:
+                if TOKENIZER not in source.companions:
+                    raise Refused(
+                        "an export needs the tokenizer, which the source does not have", file=self._where(output),
+                        found=f"no {TOKENIZER}",
+                        remedy='[source] tokenizer = "FOLDER", with the release\'s tokenizer and template',
+                    )  # fmt: skip
+                for export in output.table["export"]:
+                    foresee = PLATFORMS[export["for"]].foresee
+                    try:
+                        if foresee is not None:
+                            foresee(_kind(output), source, options, Request(**_without(export, "for")))
+                    except (Refused, UsageError) as error:
+                        error.file = self._where(output)
+                        raise
 
     def _output(self, steps: Steps, output: Output, inputs: Inputs) -> dict[str, Any]:
         place = self.recipe.out / "artifacts" / output.file_name

@@ -97,6 +97,8 @@ def foresee(_: str, source: Source, options: Options, request: Request) -> None:
     """Refuse, before the conversion, what package() would refuse of its result."""
     variant = choose_variant(source, wanted(options))
     _require_loadable(source.path, variant, _runtime(request.engine))
+    if name := request.name or options.name:
+        require_own_name(name)
     _context(source.config, request, variant)
 
 

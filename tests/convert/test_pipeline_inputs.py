@@ -206,6 +206,7 @@ def test_options_that_do_not_fit_are_found_before_any_work(tmp_path: Path, befor
         ('to = "onnx"\nexport = [{for = "foundry-local"}]', "does not load this folder"),
         ('to = "onnx"\nonnx_runtime = "1.31"\nexport = [{for = "foundry-local", engine = "1.26"}]', "does not load"),
         ('to = "onnx"\nonnx_runtime = "1.31"\nexport = [{for = "foundry-local", context = 1}]', "than the window"),
+        ('to = "onnx"\nonnx_runtime = "1.26"\ngeneral_name = "A b"\nexport = [{for = "foundry-local"}]', "not a name"),
         ('to = "bf16"\nexport = [{for = "bedrock"}]', "numbered shards"),
         ('to = "int4"\nexport = [{for = "sagemaker"}]', "no listed image"),
         ('to = "int8"\nexport = [{for = "sagemaker", engine = "lmi"}]', "no listed image"),
@@ -218,6 +219,16 @@ def test_what_an_export_would_refuse_is_refused_before_anything_is_converted(
     with pytest.raises((Refused, UsageError), match=what) as error:
         run(path)
     assert str(error.value.file).endswith("r.toml, line 7")
+    assert not (model.parent / "build/artifacts").exists()
+
+
+def test_a_source_without_tokenizer_is_no_source_of_exports(model: Path) -> None:
+    path = recipe(model.parent, RECIPE + 'export = [{for = "llama.cpp"}]\n')
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match="needs the tokenizer") as error:
+        run(path)
+    assert str(error.value.file).endswith("r.toml, line 4")
+    assert 'tokenizer = "FOLDER"' in str(error.value.remedy)
     assert not (model.parent / "build/artifacts").exists()
 
 
