@@ -132,7 +132,7 @@ def make_plan(
         if asked:
             require_bits_kept(source, plan, options.experts, options.dense)
     elif options.to == "onnx":
-        plan = plan_onnx(source, _wanted(options))
+        plan = plan_onnx(source, wanted(options))
         if options.base is not None and plan.options["experts"] != "mxfp4":
             raise UsageError(
                 "--base is for experts that become MXFP4, as the release's are", found=f"{plan.options['experts']} experts",
@@ -166,7 +166,7 @@ def require_fitting(options: Options, target: Path) -> None:
             named(options.type)
     elif options.to == "onnx":
         _refuse(options, _OF_GGUF)
-        _wanted(options)
+        wanted(options)
     else:
         _refuse(options, {**_OF_GGUF, **_OF_BOTH})
     is_calibrated(options)
@@ -253,7 +253,8 @@ def _refuse(options: Options, foreign: Mapping[str, str]) -> None:
             raise UsageError(f"{what} is for --to {targets}", found=f"--to {options.to}", remedy=f"leave {what} out")
 
 
-def _wanted(options: Options) -> Wanted:
+def wanted(options: Options) -> Wanted:
+    """What is asked of an ONNX folder."""
     if options.rounding.method != "round":
         raise UsageError("ONNX's integers are rounded by fixed rules", found=f"--method {options.rounding.method}")
     if options.split_bytes is not None:

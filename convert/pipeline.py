@@ -23,8 +23,9 @@ from typing import Any
 from gptoss_convert import __version__
 from gptoss_convert.convert.calibration import Wish, require_torch
 from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
+from gptoss_convert.convert.companions import TOKENIZER
 from gptoss_convert.convert.compare_gates import largest
-from gptoss_convert.convert.conversion import Options, convert, require_fitting
+from gptoss_convert.convert.conversion import Options, convert, open_for, require_fitting
 from gptoss_convert.convert.pipeline_inputs import (
     Inputs,
     codecs_digest,
@@ -38,7 +39,7 @@ from gptoss_convert.convert.pipeline_steps import MANIFEST, Digests, Steps, Tell
 from gptoss_convert.convert.progress import ShowProgress
 from gptoss_convert.convert.recipe import DEFAULT, Output, Recipe, Text
 from gptoss_convert.convert.sizes import parse_size
-from gptoss_convert.errors import InputChanged, ProofFailed, UsageError
+from gptoss_convert.errors import InputChanged, ProofFailed, Refused, UsageError
 from gptoss_convert.formats.files import read_json
 from gptoss_convert.formats.output import write_atomically
 
@@ -69,11 +70,13 @@ def require_sense(recipe: Recipe, settings: Settings = Settings()) -> None:
         except UsageError as error:
             error.file = where
             raise
-        kind = _KINDS.get(output.table["to"], output.table["to"])
+        kind = _kind(output)
         for export in output.table.get("export", []):
             platform = PLATFORMS[export["for"]]
             try:
                 Request(**_without(export, "for")).only(export["for"], platform.options)
+                if "name" in export:
+                    platform.named(export["name"])
             except UsageError as error:
                 error.file = where
                 raise
@@ -82,6 +85,12 @@ def require_sense(recipe: Recipe, settings: Settings = Settings()) -> None:
                     f"{export['for']} cannot serve this output", file=where, found=f"{output.name}: {kind}",
                     expected=" or ".join(platform.kinds),
                 )  # fmt: skip
+
+
+def _kind(output: Output) -> str:
+    """What the exports call it."""
+    to = str(output.table["to"])
+    return _KINDS.get(to, to)
 
 
 def options_of(recipe: Recipe, output: Output, settings: Settings, wish: Wish) -> Options:
@@ -147,6 +156,7 @@ class Pipeline:
         inputs = gather(self.recipe, self.show, renew=self.settings.renew)
         self.tell({"event": "done", "step": "source", "official": inputs.official, "files": len(inputs.files)})
         keep_lock(self.recipe, inputs, locked=self.settings.locked, renew=self.settings.renew)
+        self._require_exportable(inputs)
         made = [self._output(steps, output, inputs) for output in self.recipe.outputs]
         document = {
             "schema": MANIFEST_SCHEMA,
@@ -164,6 +174,31 @@ class Pipeline:
                 expected="what fail_above says", remedy="look at their reports; larger types, or --method gptq",
             )  # fmt: skip
         return document
+
+    def _require_exportable(self, inputs: Inputs) -> None:
+        """That no export will refuse what has taken hours to convert, as far as the source and the recipe tell."""
+        from gptoss_convert.convert.exports.package import Request
+        from gptoss_convert.convert.exports.platforms import PLATFORMS
+
+        for output in self.recipe.outputs:
+            if not output.table.get("export"):
+                continue
+            options = options_of(self.recipe, output, self.settings, Wish(output.method))
+            with open_for(inputs.path, options) as source:
+                if TOKENIZER not in source.companions:
+                    raise Refused(
+                        "an export needs the tokenizer, which the source does not have", file=self._where(output),
+                        found=f"no {TOKENIZER}",
+                        remedy='[source] tokenizer = "FOLDER", with the release\'s tokenizer and template',
+                    )  # fmt: skip
+                for export in output.table["export"]:
+                    foresee = PLATFORMS[export["for"]].foresee
+                    try:
+                        if foresee is not None:
+                            foresee(_kind(output), source, options, Request(**_without(export, "for")))
+                    except (Refused, UsageError) as error:
+                        error.file = self._where(output)
+                        raise
 
     def _output(self, steps: Steps, output: Output, inputs: Inputs) -> dict[str, Any]:
         place = self.recipe.out / "artifacts" / output.file_name

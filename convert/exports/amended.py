@@ -27,6 +27,6 @@ def amended_certificate(
     for new, data in written.items():
         listed[new] = {"name": new, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     note = f"{', '.join(sorted(written))}: written by export --for {platform}, after the proof"
-    notes = [*document["artifact"].get("notes", []), note]
+    notes = list(dict.fromkeys([*document["artifact"].get("notes", []), note]))
     files = [listed[n] for n in sorted(listed)]
     return as_json({**document, "artifact": {**document["artifact"], "files": files, "notes": notes}})

@@ -10,6 +10,7 @@ The kind is told by what is there, never by a name:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from gptoss_convert.convert.certificate import FOLDER_NAME, file_name
 from gptoss_convert.convert.companions import companion_bytes
 from gptoss_convert.convert.names import GATE_UP, layer_name
 from gptoss_convert.convert.source import Layout, Source, open_source
-from gptoss_convert.errors import BadInput, Refused
+from gptoss_convert.errors import BadInput, DigestMismatch, Refused
 from gptoss_convert.formats.files import MAX_JSON_BYTES, parse_json
 from gptoss_convert.formats.tree import walk
 
+MANIFEST, SUMS = "gptoss-export.json", "SHA256SUMS"  # of an export: its lists of files are true of that alone
 KINDS = ("gguf", "mxfp4", "bf16", "int4", "int8", "int8-g32", "onnx", "original")
 _BY_LAYOUT = {Layout.HF: "mxfp4", Layout.BF16: "bf16", Layout.ORIGINAL: "original", Layout.GGUF: "gguf"}
 _BY_CODEC = {"int4_g32": "int4", "int8_g32": "int8-g32", "int8_channel": "int8"}
@@ -33,7 +35,7 @@ _BY_CODEC = {"int4_g32": "int4", "int8_g32": "int8-g32", "int8_channel": "int8"}
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact opened for export. files: every file of it by its name in the folder, small ones included."""
+    """An artifact opened for export. files: every file of it by its name in the folder, small ones too, but an export's lists."""
 
     path: Path
     kind: str
@@ -84,6 +86,19 @@ class Artifact:
         found = {file["name"]: file["sha256"] for file in self.certificate["artifact"]["files"]}
         return found.get(name)
 
+    def require_certified(self, name: str, data: bytes) -> None:
+        """As require_digest, of a small file that an export does not copy but reads."""
+        self.require_digest(name, hashlib.sha256(data).hexdigest())
+
+    def require_digest(self, name: str, sha256: str) -> None:
+        """DigestMismatch where the certificate has another SHA-256 of a file."""
+        promised = self.digest(name)
+        if promised is not None and promised != sha256:
+            raise DigestMismatch(
+                "a file of the artifact is not the one that its certificate names", file=self.files[name], found=sha256,
+                expected=promised, remedy="gptoss-convert verify tells which files are whole; convert again",
+            )  # fmt: skip
+
 
 @contextmanager
 def open_artifact(path: Path) -> Iterator[Artifact]:
@@ -104,6 +119,11 @@ def _kind(path: Path, source: Source) -> str:
             return _BY_CODEC[encoding]
     if source.layout in _BY_LAYOUT:
         return _BY_LAYOUT[source.layout]
+    if source.layout is Layout.ONNX:
+        raise Refused(
+            "an ONNX folder without genai_config.json, by which every runtime of it loads a model", file=path,
+            found="no such file", expected="genai_config.json", remedy="gptoss-convert convert SRC DIR --to onnx",
+        )  # fmt: skip
     raise Refused(
         "a checkpoint in this layout is no artifact to deploy", file=path, found=str(source.layout),
         expected="what gptoss-convert convert writes", remedy="convert it first: gptoss-convert convert SRC DIR --to bf16",
@@ -112,7 +132,7 @@ def _kind(path: Path, source: Source) -> str:
 
 def _files(path: Path, source: Source) -> dict[str, Path]:
     if path.is_dir():
-        return {str(entry.name): entry.path for entry in walk(path)}
+        return {str(entry.name): entry.path for entry in walk(path) if str(entry.name) not in (MANIFEST, SUMS)}
     found = {file.path.name: file.path for file in source.files}
     beside = path.parent / file_name(path.name)
     if not beside.is_file() and len(found) > 1 and _lists(path.parent / FOLDER_NAME, found):

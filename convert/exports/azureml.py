@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -34,6 +35,7 @@ SCHEMAS = "https://azuremlschemas.azureedge.net/latest/"
 MOUNT = "/var/azureml-app/model"  # the entry point looks for config.json below it: how deep differs between documents
 VERSION = "1"
 NAME = r"[a-z][a-z0-9-]+[a-z0-9]"  # of an endpoint, the strictest of the four
+require_own_name = partial(require_name, pattern=NAME, what="an endpoint", most=32)
 MAX_REQUEST_MS = 180_000  # the most that a managed endpoint waits
 
 
@@ -67,7 +69,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     known = {"name", "instance", "engine", *(("image", "context") if engine == "vllm" else ())}
     request.only(f"azureml --engine {engine}" if engine == "mlflow" else "azureml", known)
     made = Package(executable={"deploy.sh"})
-    name = require_name(request.name or artifact.model, NAME, "an endpoint", 32)
+    name = require_own_name(request.name or artifact.model)
     if engine == "mlflow":
         require_mlflow(artifact)
     else:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gptoss_convert.config import to_hf
 from gptoss_convert.convert.companions import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from gptoss_convert.convert.conversion import Options
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
 from gptoss_convert.convert.exports.aws import DEFAULT_REGION, model_uri, region_of, role_arn, to_do
 from gptoss_convert.convert.exports.chat import GENERATION
 from gptoss_convert.convert.exports.chat_files import SPECIALS, require_chat_files
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
+from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import Refused, UsageError
 from gptoss_convert.formats.files import read_json
 
@@ -29,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 CARRIED = ("config.json", GENERATION, TOKENIZER, TOKENIZER_CONFIG, SPECIALS, TEMPLATE)
 _SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 _NAME = "[0-9a-zA-Z]([_-]?[0-9a-zA-Z])*"  # what both ImportedModelName and JobName take, but "_" in the second
+require_own_name = partial(require_name, pattern=_NAME, what="an imported model", most=63)
 _TO_BF16 = "gptoss-convert convert SRC DIR --to bf16"
 
 
@@ -43,7 +48,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     )
     if (region := region_of(request)) != REGION:
         raise UsageError("Bedrock imports gpt-oss in one region only", found=region, expected=REGION)
-    name = require_name(request.name or f"{artifact.model}-{artifact.kind}", _NAME, "an imported model", 63)
+    name = require_own_name(request.name or f"{artifact.model}-{artifact.kind}")
     _require_weights(artifact)
     chat = require_chat_files(artifact, "bedrock")
     made = Package(notes=[*chat.notes])
@@ -74,6 +79,20 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
+def foresee(_: str, source: Source, options: Options, __: Request) -> None:
+    """Refuse, before the conversion, a model in one file, which package() would refuse."""
+    if options.split_bytes is None:
+        raise _no_shards(source.path, "no split_size")
+
+
+def _no_shards(path: Path, found: str) -> Refused:
+    return Refused(
+        "bedrock wants numbered shards and their index", file=path, found=found,
+        expected=f"model-00001-of-0000N.safetensors and {INDEX}",
+        remedy=f"{_TO_BF16} --split-size 5GB, or a smaller size where all of it fits in one file",
+    )  # fmt: skip
+
+
 def _require_weights(artifact: Artifact) -> None:
     """bfloat16 throughout, in numbered shards with an index, and not too large."""
     others = sorted({tensor.dtype for tensor in artifact.source.stored} - {"BF16"})
@@ -88,11 +107,7 @@ def _require_weights(artifact: Artifact) -> None:
     weights = _weights(artifact)
     odd = [name for name in weights if not _SHARD.fullmatch(name)]
     if odd or INDEX not in artifact.files:
-        raise Refused(
-            "bedrock wants numbered shards and their index", file=artifact.path, found=", ".join(odd) or f"no {INDEX}",
-            expected=f"model-00001-of-0000N.safetensors and {INDEX}",
-            remedy=f"{_TO_BF16} --split-size 5GB, or a smaller size where all of it fits in one file",
-        )  # fmt: skip
+        raise _no_shards(artifact.path, ", ".join(odd) or f"no {INDEX}")
     size = sum(artifact.files[name].stat().st_size for name in weights)
     if size >= MAX_BYTES:
         raise Refused(

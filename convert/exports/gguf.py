@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gptoss_convert.config import ModelConfig
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.chat import Chat, require_chat
 from gptoss_convert.convert.exports.memory import DEFAULT_CONTEXT
@@ -26,9 +27,9 @@ def require_gguf(artifact: Artifact, platform: str, *, whole: bool = False) -> C
     return require_chat(artifact, platform)
 
 
-def served_context(artifact: Artifact, request: Request) -> int:
+def served_context(config: ModelConfig, request: Request) -> int:
     """Tokens of context: what was asked for, if the model has as many."""
-    most = artifact.config.max_positions
+    most = config.max_positions
     if request.context is not None and request.context > most:
         raise UsageError("--context is more than the model has", found=request.context, expected=f"at most {most}")
     return request.context or min(DEFAULT_CONTEXT, most)
@@ -45,14 +46,16 @@ def licence(artifact: Artifact) -> str | None:
     return ", ".join(dict.fromkeys(text for text in found if text)) or None
 
 
-def provenance(artifact: Artifact) -> list[str]:
-    """Lines for a README: what the certificate says that it was made from, and what was lost on the way."""
+def provenance(artifact: Artifact, folder: str = "") -> list[str]:
+    """Lines for a README: what the certificate says that it was made from, and what was lost on the way.
+
+    folder: where in the export the certificate lies, with its slash.
+    """
     made = artifact.certificate
     if made is None:
         return ["There is no certificate with it: what it was made from, and what that cost, is not known."]
     weights = "OpenAI's, every file's digest known" if made["source"]["official_weights"] else "not OpenAI's own files"
     lost = made["lost"]
     cost = "was not proved" if lost is None else "lost nothing" if not lost else "lost: " + "; ".join(lost)
-    return [
-        f"The source's weights are {weights}. The conversion {cost}. The whole account: {code(artifact.certificate_name or '')}."
-    ]
+    account = code(f"{folder}{artifact.certificate_name}")
+    return [f"The source's weights are {weights}. The conversion {cost}. The whole account: {account}."]

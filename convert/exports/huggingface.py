@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gptoss_convert.convert.certificate import FOLDER_NAME
 from gptoss_convert.convert.exports.amended import amended_certificate
 from gptoss_convert.convert.exports.artifact import KINDS, Artifact
 from gptoss_convert.convert.exports.chat import GENERATION, Chat, generation_config, require_chat
+from gptoss_convert.convert.exports.genai_settings import GENAI, SAMPLING, read_settings
 from gptoss_convert.convert.exports.gguf import provenance
 from gptoss_convert.convert.exports.onnx_facts import caveats, loaded_by, resident
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
@@ -64,6 +66,7 @@ _GENAI = """\
         generator.generate_next_token()
         print(words.decode(generator.get_next_tokens()[0]), end="", flush=True)
 """
+_OPENAIS = "Sampling as OpenAI has it: temperature 1.0, top-p 1.0, nothing else cut off."
 _CARDS = {LOADING: "What loads it, from which version on, and what loads it wrongly", SOURCE_CARD: "The source's card"}
 _RUN = {
     "mxfp4": "    vllm serve {name}\n\n" + _TRANSFORMERS,
@@ -83,7 +86,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     """The artifact's files, its card as README.md; cards that were there keep their text under other names."""
     require_kind(artifact, PLATFORM, SERVED, "gptoss-convert convert SRC DIR --to hf", "no library of the hub loads it")
     chat = require_chat(artifact, PLATFORM)
-    name = require_repository(request.name or f"OWNER/{artifact.model}-{artifact.kind}", "a repository")
+    name = require_own_name(request.name or f"OWNER/{artifact.model}-{artifact.kind}")
     if request.base_model is not None:
         require_repository(request.base_model, "a base model")
     made = Package()
@@ -92,9 +95,14 @@ def package(artifact: Artifact, request: Request) -> Package:
         other = LOADING if artifact.kind in _INTEGERS else SOURCE_CARD
         if other not in made.files:
             made.files[other] = made.files[CARD]
-    if artifact.kind not in ("gguf", "onnx") and (defaults := generation_config(artifact, chat)) is not None:
+    if artifact.kind != "gguf" and (defaults := generation_config(artifact, chat)) is not None:
         made.files[GENERATION] = defaults
         made.notes.append(f"{GENERATION} was completed: every end token stops generation")
+    if artifact.kind == "onnx":
+        settings = read_settings(artifact, variant_of(artifact.path), chat.ends.values())
+        if settings.notes:
+            made.files[GENAI] = settings.text()
+            made.notes += settings.notes
     matter = card_matter(artifact, request.base_model)
     made.files[CARD] = model_card(artifact, chat, name, matter, made.files, request.quality)
     small = {name: data for name, data in made.files.items() if isinstance(data, bytes)}
@@ -126,6 +134,9 @@ def require_repository(name: str, what: str) -> str:
             expected="OWNER/NAME without --, .. or .git, ending in a letter or digit",
         ) from error
     return name
+
+
+require_own_name = partial(require_repository, what="a repository")
 
 
 def card_matter(artifact: Artifact, base_model: str | None) -> dict[str, Any]:
@@ -216,7 +227,7 @@ def model_card(
         "## Size\n", table(("file", "size", "SHA-256"), rows, "lrl"), paragraph(sizes),
         "## Quality\n", measured,
         "## How to run\n", _RUN[artifact.kind].format(name=name, first=shell_word(artifact.weights[0], "model/")),
-        paragraph("Sampling as OpenAI has it: temperature 1.0, top-p 1.0, nothing else cut off. Nothing here was run on a GPU."),
+        paragraph(f"{SAMPLING if artifact.kind == 'onnx' else _OPENAIS} Nothing here was run on a GPU."),
         *_of_onnx(artifact),
         "## Chat\n", paragraph(f"The format is harmony: answers come in channels. Generation ends at {ends}. {chat.origin}"),
         "## Licence\n", paragraph(_terms(matter)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.chat import Chat
@@ -22,13 +23,14 @@ from gptoss_convert.convert.exports.words import paragraph, size, table
 PLATFORM = "llama.cpp"
 SCRIPT = "server.sh"
 _NAME = r"[A-Za-z0-9][\w./:-]*"
+require_own_name = partial(require_name, pattern=_NAME, what="a model", most=96)
 
 
 def package(artifact: Artifact, request: Request) -> Package:
     """GGUF, certificate, server.sh, README.md."""
     chat = require_gguf(artifact, PLATFORM)
-    context = served_context(artifact, request)
-    alias = require_name(request.name or artifact.model, _NAME, "a model", 96)
+    context = served_context(artifact.config, request)
+    alias = require_own_name(request.name or artifact.model)
     forecast = Forecast.of(artifact)
     made = Package(executable={SCRIPT})
     made.copy(artifact)

@@ -6,6 +6,7 @@ OWNER/NAME-GGUF. `lms import` puts it there.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from gptoss_convert.convert.exports.artifact import Artifact
@@ -25,6 +26,7 @@ from gptoss_convert.convert.exports.words import paragraph, shell_word, size
 
 PLATFORM = "lmstudio"
 _NAME = r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*"
+require_own_name = partial(require_name, pattern=_NAME, what="a model of LM Studio's, publisher/model", most=96)
 _SIZES = {"gpt-oss-20b": "20B", "gpt-oss-120b": "120B"}
 _EFFORT = {
     "key": "reasoningEffort",
@@ -42,8 +44,8 @@ def package(artifact: Artifact, request: Request) -> Package:
     import yaml
 
     chat = require_gguf(artifact, PLATFORM)
-    context = served_context(artifact, request)
-    name = require_name(request.name or f"local/{artifact.model}", _NAME, "a model of LM Studio's, publisher/model", 96)
+    context = served_context(artifact.config, request)
+    name = require_own_name(request.name or f"local/{artifact.model}")
     document = definition(artifact, chat, name, context)
     made = Package()
     made.copy(artifact)

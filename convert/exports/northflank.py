@@ -13,6 +13,7 @@ import math
 import re
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +31,7 @@ from gptoss_convert.errors import Refused, UsageError
 
 NAME = r"(?=.{3})[a-z][a-z0-9]*(-[a-z0-9]+)*"  # of a service, whose id is its name in small letters
 MOST = 30  # a volume's name has 39 characters at most, and ours ends in "-model"
+require_own_name = partial(require_name, pattern=NAME, what="a service", most=MOST)
 MOUNT = "/models"
 START_HOURS = 6  # that the first start may take: the upload runs meanwhile
 SHM_MB = 16384
@@ -78,7 +80,7 @@ def package(artifact: Artifact, request: Request) -> Package:
     """Template, upload script and files."""
     made = Package(executable={"upload.sh"})
     image = request.image or vllm.IMAGE
-    name = require_name(request.name or artifact.model, NAME, "a service", MOST)
+    name = require_own_name(request.name or artifact.model)
     vllm.require_served(artifact, image, "northflank", made)
     chat = require_chat_files(artifact, "northflank")
     plan, model, count = _plan(artifact, request.instance)

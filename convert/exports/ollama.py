@@ -8,6 +8,8 @@ switch on Ollama's own harmony code: another template than the model's, and not 
 
 from __future__ import annotations
 
+from functools import partial
+
 from gptoss_convert.convert.exports.artifact import Artifact
 from gptoss_convert.convert.exports.chat import Chat
 from gptoss_convert.convert.exports.gguf import (
@@ -28,13 +30,14 @@ from gptoss_convert.errors import Refused, printable
 PLATFORM = "ollama"
 REQUIRES = "0.30.0"
 _NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?"
+require_own_name = partial(require_name, pattern=_NAME, what="a model of Ollama's", most=80)
 
 
 def package(artifact: Artifact, request: Request) -> Package:
     """GGUF, certificate, Modelfile, README.md."""
     chat = require_gguf(artifact, PLATFORM, whole=True)
-    context = served_context(artifact, request)
-    name = require_name(request.name or artifact.model, _NAME, "a model of Ollama's", 80)
+    context = served_context(artifact.config, request)
+    name = require_own_name(request.name or artifact.model)
     made = Package()
     made.copy(artifact)
     made.files["Modelfile"] = modelfile(artifact.weights[0], context, licence(artifact)).encode()

@@ -6,10 +6,15 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact
+from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    from gptoss_convert.convert.conversion import Options
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,22 @@ class Package:
 
 
 Export = Callable[[Artifact, Request], Package]
+Foresee = Callable[[str, Source, "Options", Request], None]
+"""The kind that a source becomes by a conversion → Refused or UsageError where the export of the result would be refused."""
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What turns an artifact and a request into a package, the request's fields that it knows, the kinds of artifact it takes."""
+    """What turns an artifact and a request into a package, the request's fields that it knows, the kinds of artifact it takes.
+
+    named: UsageError for what is no name there.
+    """
 
     package: Export
     options: frozenset[str]
     kinds: tuple[str, ...]
+    named: Callable[[str], object] = str
+    foresee: Foresee | None = None
 
 
 def require_kind(artifact: Artifact, platform: str, served: Collection[str], remedy: str, why: str = "") -> None:

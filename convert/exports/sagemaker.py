@@ -11,9 +11,12 @@ Two containers: AWS's own vLLM, configured by SM_VLLM_* in the environment, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from gptoss_convert.convert.conversion import Options
 from gptoss_convert.convert.exports import sagemaker_images as known
 from gptoss_convert.convert.exports.archive import Archive
 from gptoss_convert.convert.exports.artifact import Artifact, as_json
@@ -34,11 +37,13 @@ from gptoss_convert.convert.exports.chat_files import (
 )
 from gptoss_convert.convert.exports.package import Package, Request, require_kind, require_name
 from gptoss_convert.convert.exports.vllm import SERVED, require_context, text, version_of, weight_bytes
+from gptoss_convert.convert.source import Source
 from gptoss_convert.errors import Refused, UsageError
 
 ENGINES = ("vllm", "lmi")
 WHERE = "/opt/ml/model"
 _NAME = "[a-zA-Z0-9](-*[a-zA-Z0-9])*"  # botocore's ModelName, EndpointConfigName, EndpointName; at most 63 characters
+require_own_name = partial(require_name, pattern=_NAME, what="a SageMaker endpoint", most=63)
 _WAIT = 3600  # seconds, the most that SageMaker allows for the download and for the start
 
 
@@ -83,12 +88,15 @@ def package(artifact: Artifact, request: Request) -> Package:
     return made
 
 
+def foresee(kind: str, source: Source, _: Options, request: Request) -> None:
+    """Refuse, before the conversion, what package() would refuse of its result: a kind that the image does not load."""
+    _image(kind, source.path, request, _engine(request))
+
+
 def _plan(artifact: Artifact, request: Request) -> _Plan:
-    engine = request.engine or known.DEFAULT_ENGINE
-    if engine not in ENGINES:
-        raise UsageError("no such container", found=engine, expected=" or ".join(ENGINES))
-    name = require_name(request.name or f"{artifact.model}-{artifact.kind}", _NAME, "a SageMaker endpoint", 63)
-    image, region = _image(artifact, request, engine)
+    engine = _engine(request)
+    name = require_own_name(request.name or f"{artifact.model}-{artifact.kind}")
+    image, region = _image(artifact.kind, artifact.path, request, engine)
     fits = weight_bytes(artifact) <= known.SMALL_BYTES
     instance = request.instance or (known.SMALL_INSTANCE if fits else known.LARGE_INSTANCE)
     _require_room(artifact, instance)
@@ -99,18 +107,25 @@ def _plan(artifact: Artifact, request: Request) -> _Plan:
     )  # fmt: skip
 
 
-def _image(artifact: Artifact, request: Request, engine: str) -> tuple[str, str]:
+def _engine(request: Request) -> str:
+    engine = request.engine or known.DEFAULT_ENGINE
+    if engine not in ENGINES:
+        raise UsageError("no such container", found=engine, expected=" or ".join(ENGINES))
+    return engine
+
+
+def _image(kind: str, path: Path, request: Request, engine: str) -> tuple[str, str]:
     """The container and the region of the endpoint, which is the image's."""
     region, image = region_of(request), request.image
     if image is None:
-        _require_served(artifact, engine)
+        _require_served(kind, path, engine)
         return deep_learning_image(region, known.IMAGES[engine].name), region
     if len(image) > 255 or any(character.isspace() for character in image):
         raise UsageError("not the address of an image", found=image, expected="at most 255 characters, no spaces")
-    floor, version = SERVED[artifact.kind].floor, version_of(image)
+    floor, version = SERVED[kind].floor, version_of(image)
     if version is not None and version < floor:
         raise Refused(
-            f"the vLLM of this image does not load {artifact.kind}", file=artifact.path, found=image,
+            f"the vLLM of this image does not load {kind}", file=path, found=image,
             expected=f"vLLM {text(floor)} or later",
             remedy="an image with that vLLM, or MXFP4: gptoss-convert convert SRC DIR --to hf",
         )  # fmt: skip
@@ -120,15 +135,15 @@ def _image(artifact: Artifact, request: Request, engine: str) -> tuple[str, str]
     return image, within or region
 
 
-def _require_served(artifact: Artifact, engine: str) -> None:
+def _require_served(kind: str, path: Path, engine: str) -> None:
     """Refuse a kind that needs a later vLLM than the listed image of the engine surely has."""
-    floor, image = SERVED[artifact.kind], known.IMAGES[engine]
+    floor, image = SERVED[kind], known.IMAGES[engine]
     if image.vllm >= floor.floor:
         return
     within = f"vLLM {text(image.vllm)}" + ("" if image.exact else " or later, not published")
     other = engine == "lmi" and known.IMAGES["vllm"].vllm >= floor.floor
     raise Refused(
-        f"no listed image of --engine {engine} surely serves {artifact.kind}", file=artifact.path,
+        f"no listed image of --engine {engine} surely serves {kind}", file=path,
         found=f"{image.name}: {within}", expected=f"vLLM {text(floor.floor)} or later",
         remedy="choose --engine vllm" if other else "give an image of your own with that vLLM: --image URI; or take MXFP4, which "
         "every listed image serves: gptoss-convert convert SRC DIR --to hf",

@@ -28,6 +28,7 @@ from gptoss_convert.errors import (
     GptOssError,
     InputChanged,
     NetworkError,
+    Refused,
     UnknownDigest,
     UsageError,
 )
@@ -177,6 +178,18 @@ def test_what_is_not_there_is_named_with_its_line_before_any_work(
             'to = "gguf"\nexport = [{for = "ollama", region = "eu"}]',
             "--region means nothing for --for ollama",
         ),
+        (
+            'to = "gguf"',
+            'to = "gguf"\nexport = [{for = "lmstudio", name = "me"}]',
+            "not a name for a model of LM Studio's",
+        ),
+        ('to = "gguf"', 'to = "gguf"\nexport = [{for = "huggingface", name = "me"}]', "not a name for a repository"),
+        (
+            'to = "gguf"',
+            'to = "onnx"\nexport = [{for = "foundry-local", name = "a b"}]',
+            "not a name for a model of Foundry",
+        ),
+        ('to = "gguf"', 'to = "int4"\nexport = [{for = "northflank", name = "A"}]', "not a name for a service"),
         ('name = "a"', 'name = "a.gguf"\nsplit_size = "1GB"', "split GGUF is a folder"),
     ],
 )
@@ -185,6 +198,38 @@ def test_options_that_do_not_fit_are_found_before_any_work(tmp_path: Path, befor
     with pytest.raises(UsageError, match=what) as error:
         require_sense(read_recipe_file(recipe(tmp_path, text)))
     assert str(error.value.file).endswith("r.toml, line 6")
+
+
+@pytest.mark.parametrize(
+    ("output", "what"),
+    [
+        ('to = "onnx"\nexport = [{for = "foundry-local"}]', "does not load this folder"),
+        ('to = "onnx"\nonnx_runtime = "1.31"\nexport = [{for = "foundry-local", engine = "1.26"}]', "does not load"),
+        ('to = "onnx"\nonnx_runtime = "1.31"\nexport = [{for = "foundry-local", context = 1}]', "than the window"),
+        ('to = "onnx"\nonnx_runtime = "1.26"\ngeneral_name = "A b"\nexport = [{for = "foundry-local"}]', "not a name"),
+        ('to = "bf16"\nexport = [{for = "bedrock"}]', "numbered shards"),
+        ('to = "int4"\nexport = [{for = "sagemaker"}]', "no listed image"),
+        ('to = "int8"\nexport = [{for = "sagemaker", engine = "lmi"}]', "no listed image"),
+    ],
+)
+def test_what_an_export_would_refuse_is_refused_before_anything_is_converted(
+    model: Path, output: str, what: str
+) -> None:
+    path = recipe(model.parent, f'{RECIPE}[[output]]\nname = "last"\n{output}\n')
+    with pytest.raises((Refused, UsageError), match=what) as error:
+        run(path)
+    assert str(error.value.file).endswith("r.toml, line 7")
+    assert not (model.parent / "build/artifacts").exists()
+
+
+def test_a_source_without_tokenizer_is_no_source_of_exports(model: Path) -> None:
+    path = recipe(model.parent, RECIPE + 'export = [{for = "llama.cpp"}]\n')
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match="needs the tokenizer") as error:
+        run(path)
+    assert str(error.value.file).endswith("r.toml, line 4")
+    assert 'tokenizer = "FOLDER"' in str(error.value.remedy)
+    assert not (model.parent / "build/artifacts").exists()
 
 
 def test_every_platform_of_the_schema_is_one_and_the_other_way_round() -> None:

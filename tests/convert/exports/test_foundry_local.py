@@ -19,7 +19,8 @@ from gptoss_convert.convert.exports.foundry_local import PREFILL, kv_cache
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.onnx_layout import Variant
 from gptoss_convert.convert.progress import silent
-from gptoss_convert.errors import BadInput, Refused, UsageError
+from gptoss_convert.convert.verify import verify
+from gptoss_convert.errors import BadInput, DigestMismatch, Refused, UsageError
 
 EXPERTS_OF = {"1.26": "int8", "1.31": "int8", "1.32": "mxfp4"}
 
@@ -120,11 +121,54 @@ def test_what_the_runtime_inside_does_not_load_is_refused(
     assert f"need ONNX Runtime {folder}" in str(error.value.found).replace("needs", "need")
 
 
-@pytest.mark.parametrize("engine", ["1", "vllm", "1.x", "1.26.0.0", "-1.2"])
+@pytest.mark.parametrize("engine", ["1", "vllm", "1.x", "1.26.0.0", "-1.2", "1.٣١", "1.31 "])
 def test_what_is_no_runtime_is_refused(folders: dict[str, Path], tmp_path: Path, engine: str) -> None:
     with pytest.raises(UsageError, match="--engine of foundry-local") as error:
         export(folders["1.26"], tmp_path / "out", engine=engine)
     assert "1.31 (SDK 2.2.1)" in str(error.value.expected)
+
+
+def test_a_runtime_may_be_named_to_its_last_digit(folders: dict[str, Path], tmp_path: Path) -> None:
+    export(folders["1.31"], tmp_path / "out", engine="1.31.0")
+    with pytest.raises(Refused, match=r"with ONNX Runtime 1\.26 "):
+        export(folders["1.31"], tmp_path / "other", engine="1.26.0")
+
+
+@pytest.mark.parametrize("engine", ["1.23", "0.1", "0.0"])
+def test_a_runtime_for_which_nothing_can_be_converted_is_refused(
+    folders: dict[str, Path], tmp_path: Path, engine: str
+) -> None:
+    with pytest.raises(UsageError, match="cannot compute gpt-oss rightly") as error:
+        export(folders["1.26"], tmp_path / "out", engine=engine)
+    assert error.value.expected == "1.24 or later"
+
+
+def test_the_remedy_keeps_the_experts_as_they_were(hf_folder: Path, tmp_path: Path) -> None:
+    convert(hf_folder, tmp_path / "onnx", Options("onnx", onnx_runtime="1.31", experts="int4"), silent)
+    with pytest.raises(Refused) as error:
+        export(tmp_path / "onnx", tmp_path / "out", engine="1.26")
+    assert "--onnx-runtime 1.26 --experts int4;" in str(error.value.remedy)
+
+
+def test_the_first_steps_say_where_the_known_command_line_does_not_load_it(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def steps(folder: str) -> tuple[list[str], str]:
+        found = write.export(folders[folder], tmp_path / folder, "foundry-local", Request(), show=silent)
+        return found.first_steps, " ".join((tmp_path / folder / "README.md").read_text().split())
+
+    plain = [
+        "foundry cache location", "copy the folder local into what that names", "foundry cache list",
+        "foundry model run gpt-oss-int8-cpu",
+    ]  # fmt: skip
+    older, page = steps("1.26")
+    assert older == plain
+    assert "The command line must be later" not in page
+    (first, *rest), page = steps("1.31")
+    assert rest == plain
+    for text in (first, page):
+        assert "later than 0.10.3, whose ONNX Runtime 1.26 does not load this folder" in text
+        assert "--to onnx --onnx-runtime 1.26" in text
 
 
 def test_the_note_names_the_foundry_local_that_does_not_load_it(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -229,6 +273,125 @@ def test_another_models_configuration_is_refused(
         export(source, tmp_path / "out")
     assert "genai_config.json" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("filename", "../../other.onnx"), ("num_hidden_layers", 99), ("head_size", None), ("sliding_window", None),
+        ("pipeline", []),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_does_not_fit_the_graph_is_refused(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path], key: str, value: object
+) -> None:
+    source = copied(folders["1.31"])
+    (source / "gptoss-certificate.json").unlink()
+    table = reads(source)
+    table["model"]["decoder"].pop(key, None)
+    table["model"]["decoder"] |= {} if value is None else {key: value}
+    (source / "genai_config.json").write_text(json.dumps(table))
+    with pytest.raises(BadInput, match="not of this model") as error:
+        export(source, tmp_path / "out")
+    assert error.value.tensor == f"model.decoder.{key}"
+    assert error.value.file == str(source / "genai_config.json")
+
+
+def test_another_folders_configuration_is_refused(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    """Of the same model, but with a cache of windows that this graph does not have."""
+    source = copied(folders["1.26"])
+    (source / "gptoss-certificate.json").unlink()
+    (source / "genai_config.json").write_bytes((folders["1.31"] / "genai_config.json").read_bytes())
+    with pytest.raises(BadInput, match="not of this model") as error:
+        export(source, tmp_path / "out")
+    assert (error.value.tensor, error.value.expected) == ("model.decoder.sliding_window", "no such key")
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", "inference_model.json"])
+def test_what_was_edited_after_the_proof_is_not_certified_anew(hf_folder: Path, tmp_path: Path, name: str) -> None:
+    convert(hf_folder, tmp_path / "onnx", Options("onnx", onnx_runtime="1.26", name="ours"), silent)
+    place = tmp_path / "onnx" / name
+    place.write_text(place.read_text().replace('"temperature": 1.0', '"temperature": 0.1').replace("ours", "others"))
+    with pytest.raises(DigestMismatch, match="not the one that its certificate names") as error:
+        export(tmp_path / "onnx", tmp_path / "out")
+    assert error.value.file == str(place)
+
+
+def test_what_a_user_says_of_sampling_and_threads_stays(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    source = copied(folders["1.31"])
+    (source / "gptoss-certificate.json").unlink()
+    table = reads(source)
+    table["search"]["temperature"] = 0.25
+    table["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 3
+    table["model"]["eos_token_id"] = {"no": "tokens"}
+    (source / "genai_config.json").write_text(json.dumps(table))
+    made = reads(export(source, tmp_path / "out"))
+    assert made["search"]["temperature"] == 0.25
+    assert made["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 3
+    assert set(made["model"]["eos_token_id"]) == {SMALL.token_id(n) for n in (200002, 199999, 200012)}
+
+
+def test_a_name_that_the_conversion_took_and_foundry_local_does_not(hf_folder: Path, tmp_path: Path) -> None:
+    convert(hf_folder, tmp_path / "onnx", Options("onnx", onnx_runtime="1.26", name="My model"), silent)
+    with pytest.raises(UsageError, match="not a name") as error:
+        export(tmp_path / "onnx", tmp_path / "out")
+    assert error.value.file == str(tmp_path / "onnx/inference_model.json")
+    assert error.value.remedy == "say another: --name NAME[:VERSION]"
+    export(tmp_path / "onnx", tmp_path / "out", name="my-model")
+
+
+def test_a_folder_without_genai_config_is_named(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    source = copied(folders["1.31"])
+    (source / "genai_config.json").unlink()
+    with pytest.raises(Refused, match=r"without genai_config\.json") as error:
+        export(source, tmp_path / "out")
+    assert "--to onnx" in str(error.value.remedy)
+
+
+def test_the_page_has_the_memory_of_this_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    export(folders["1.26"], tmp_path / "out", context=5000)
+    page = " ".join((tmp_path / "out/README.md").read_text().split())
+    weights = sum((folders["1.26"] / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert f"Weights: {weights / 1e6:.2f} MB." in page
+    assert f"the logits of such a piece are {512 * SMALL.vocab * 4 / 1e6:.2f} MB" in page
+    assert f"| 5000 | {3 * 5000 * 2 * 2 * 64 * 4 / 1e6:.2f} MB |" in page, (
+        "three layers, two heads of 64, keys and values"
+    )
+    assert "whole account: `local/gpt-oss-int8-cpu-1/v1/gptoss-certificate.json`" in page
+    assert (tmp_path / "out/local/gpt-oss-int8-cpu-1/v1/gptoss-certificate.json").is_file()
+
+
+def test_what_is_added_and_what_is_not_known_is_said(
+    folders: dict[str, Path], tmp_path: Path, copied: Callable[[Path], Path]
+) -> None:
+    source = copied(folders["1.26"])
+    (source / "special_tokens_map.json").unlink()
+    notes = write.export(source, tmp_path / "out", "foundry-local", Request(), show=silent).document["notes"]
+    assert any("special_tokens_map.json is made" in note for note in notes)
+    assert any("harmony's channels" in note for note in notes)
+    assert any("ORT_QMOE_CPU_QNBIT_GEMM=0" in note for note in notes), "of int8 experts"
+
+
+def test_the_export_of_an_export_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    place = export(folders["1.31"], tmp_path / "a")
+    again = export(place, tmp_path / "b")
+    for path in place.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_folder_from_the_hub_leaves_its_lists_of_digests_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They are of other files: genai_config.json is another here."""
+    write.export(folders["1.31"], tmp_path / "hub", "huggingface", Request(), show=silent)
+    place = export(tmp_path / "hub", tmp_path / "out")
+    assert {p.name for p in place.iterdir()} >= {"README.md", "model.onnx", "gptoss-certificate.json"}
+    assert not {p.name for p in place.iterdir()} & {"SHA256SUMS", "gptoss-export.json"}
+    assert verify(place).exit_code() == 0
 
 
 def test_the_certificate_stays_true_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -102,6 +102,28 @@ def test_the_code_in_an_onnx_card_runs(artifacts: Path, tmp_path: Path) -> None:
     assert "parts slashes" in " ".join(text.split())
 
 
+def test_the_card_of_onnx_says_whose_sampling_runs(artifacts: Path, tmp_path: Path) -> None:
+    text = " ".join(export(artifacts / "onnx", tmp_path / "onnx")[1].split())
+    assert "Sampling is what `genai_config.json` says" in text
+    assert "Sampling as OpenAI has it" not in text
+
+
+def test_genai_stops_at_every_end_token_too(artifacts: Path, tmp_path: Path, copied: Callable[[Path], Path]) -> None:
+    source = copied(artifacts / "onnx")
+    (source / "gptoss-certificate.json").unlink()
+    place = source / "genai_config.json"
+    table = json.loads(place.read_text())
+    table["model"]["eos_token_id"] = 1508
+    place.write_text(json.dumps(table))
+    (source / "generation_config.json").write_text('{"eos_token_id": 1508}')
+    _, _, found = export(source, tmp_path / "out")
+    made = [json.loads((tmp_path / "out" / name).read_text()) for name in (place.name, "generation_config.json")]
+    for ends in (made[0]["model"]["eos_token_id"], made[1]["eos_token_id"]):
+        assert set(ends) == {1508, 1518, 1505}
+    for name in (place.name, "generation_config.json"):
+        assert any(f"{name} was completed" in note for note in found.document["notes"])
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "int4", "onnx"])
 def test_certificate_and_sums_are_true_of_the_folder(name: str, artifacts: Path, tmp_path: Path) -> None:
     """So it verifies as it lies, and can be exported again."""
