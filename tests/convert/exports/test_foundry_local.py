@@ -378,6 +378,20 @@ def test_what_is_added_and_what_is_not_known_is_said(
     assert any("ORT_QMOE_CPU_QNBIT_GEMM=0" in note for note in notes), "of int8 experts"
 
 
+def test_the_page_says_what_becomes_of_the_experts_in_memory(folders: dict[str, Path], tmp_path: Path) -> None:
+    def page(folder: str) -> str:
+        export(folders[folder], tmp_path / folder, engine="1.32")
+        return " ".join((tmp_path / folder / "README.md").read_text().split())
+
+    packed, integers = page("1.32"), page("1.31")
+    for text in ("MXFP4 experts stay mapped from the file.", "very slow on processors without AVX-512"):
+        assert text in packed
+        assert text not in integers
+    for text in ("copies them into memory, all of them", "rounds the activations of int8 experts"):
+        assert text in integers
+        assert text not in packed
+
+
 def test_the_export_of_an_export_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
     place = export(folders["1.31"], tmp_path / "a")
     again = export(place, tmp_path / "b")

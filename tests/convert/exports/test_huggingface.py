@@ -132,6 +132,9 @@ def test_certificate_and_sums_are_true_of_the_folder(name: str, artifacts: Path,
         json.loads((p / "gptoss-certificate.json").read_text()) for p in (artifacts / name, tmp_path / "out")
     )
     assert {key for key in before if before[key] != after[key]} == {"artifact"}
+    own = {"gptoss-certificate.json", write.MANIFEST, write.SUMS}
+    listed = {file["name"] for file in after["artifact"]["files"]}
+    assert listed == {path.name for path in (tmp_path / "out").iterdir()} - own, "cards under their new names too"
     export(tmp_path / "out", tmp_path / "again")
     for sums in (None, tmp_path / "out" / write.SUMS):
         assert verify(tmp_path / "out", sums=sums).exit_code() == 0
