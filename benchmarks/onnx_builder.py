@@ -2,9 +2,9 @@
 
     python -P benchmarks/onnx_builder.py [--rounds N] [--dir FOLDER] [--patience SECONDS] [--releases FOLDER] [--json]
 
-One layer of the release's width with a small vocabulary, with 8 and with 32 experts: both sides write 4-bit experts and 4-bit
-matrices for processors, whole commands in processes of their own, rounds in turn. From the two sizes follows what memory a
-parameter of an expert takes. Memory is the largest resident set, in which pages of mapped files count.
+Layers of the release's width with a small vocabulary: one of 8 experts, four of 8, one of 32. Both sides write 4-bit experts and
+4-bit matrices for processors, whole commands in processes of their own, rounds in turn. From one and four layers follows what
+memory a further layer takes. Memory is the largest resident set, in which pages of mapped files count.
 
 --releases FOLDER also writes the whole of 20b's shapes and two layers of 120b's, zeros for weights, vocabulary and proof
 included, and tells our memory; FOLDER must have 20 GB. The builder is not run on these: it would need more than the machine has.
@@ -31,7 +31,7 @@ from convert_speed import Quiet, Run, run, summary
 from support.checkpoints import TRUE_LAYER, Model, write_hf
 from support.sparse import write_sparse_layers
 
-EXPERTS = (8, 32)
+CASES = ((1, 8), (4, 8), (1, 32))  # layers, experts
 PLAIN, PROVED, BUILDER = "ours, --no-proof", "ours, with proof", "the builder"
 INT4 = ("--experts", "int4", "--dense", "int4")
 RELEASES = {
@@ -53,10 +53,10 @@ def builder(source: Path, target: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", *given]
 
 
-def measure_beside(folder: Path, experts: int, rounds: int, quiet: Quiet) -> dict[str, Any]:
-    """The three sides on a layer of so many experts."""
-    source = folder / f"source-{experts}"
-    spec = replace(TRUE_LAYER, experts=experts)
+def measure_beside(folder: Path, layers: int, experts: int, rounds: int, quiet: Quiet) -> dict[str, Any]:
+    """The three sides on so many layers of so many experts."""
+    source = folder / "source"
+    spec = replace(TRUE_LAYER, layers=layers, experts=experts)
     write_hf(Model(spec), source)
     out = quiet.work / "out"
     actions: dict[str, Callable[[], Run]] = {
@@ -71,7 +71,8 @@ def measure_beside(folder: Path, experts: int, rounds: int, quiet: Quiet) -> dic
             taken[side].append(quiet.run(action))
     shutil.rmtree(source)
     parameters = spec.layers * experts * 3 * spec.hidden * spec.intermediate
-    return {"experts": experts, "parameters": parameters, **{side: summary(runs) for side, runs in taken.items()}}
+    what = {"layers": layers, "experts": experts, "parameters": parameters}
+    return {**what, **{side: summary(runs) for side, runs in taken.items()}}
 
 
 def measure_releases(folder: Path) -> dict[str, Any]:
@@ -92,8 +93,8 @@ def measure_releases(folder: Path) -> dict[str, Any]:
 def measure(folder: Path, rounds: int, patience: float, releases: Path | None) -> dict[str, Any]:
     """All figures."""
     quiet = Quiet(folder / "work", patience)
-    rows = [measure_beside(folder, experts, rounds, quiet) for experts in EXPERTS]
-    few, many = rows
+    rows = [measure_beside(folder, layers, experts, rounds, quiet) for layers, experts in CASES]
+    few, many = rows[:2]
     slope = {
         side: (many[side]["memory"] - few[side]["memory"]) / (many["parameters"] - few["parameters"])
         for side in (PLAIN, PROVED, BUILDER)
@@ -111,24 +112,24 @@ def measure(folder: Path, rounds: int, patience: float, releases: Path | None) -
 def markdown(result: dict[str, Any]) -> str:
     """The figures as tables."""
     lines = [
-        f"One layer, {result['rounds']} rounds; {result['machine']}; peer: the builder of {result['peer']}",
+        f"{result['rounds']} rounds; {result['machine']}; peer: the builder of {result['peer']}",
         "",
-        "| experts | | wall median, s | CPU, s | peak resident, MB | others' share of the machine |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| layers | experts | | wall median, s | CPU, s | peak resident, MB | others' share of the machine |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         lines += [
-            f"| {row['experts']} | {side} | {row[side]['wall_median']:.1f} | {row[side]['cpu_median']:.1f} "
+            f"| {row['layers']} | {row['experts']} | {side} | {row[side]['wall_median']:.1f} | {row[side]['cpu_median']:.1f} "
             f"| {row[side]['memory'] / 1e6:.0f} | {row[side]['others']:.0%} |"
             for side in (PLAIN, PROVED, BUILDER)
         ]
     last = result["rows"][-1]
-    lines += ["", "| builder / ours, 32 experts | wall | CPU | memory |", "| --- | ---: | ---: | ---: |"]
+    lines += ["", "| builder / ours, a layer of 32 experts | wall | CPU | memory |", "| --- | ---: | ---: | ---: |"]
     for side in (PLAIN, PROVED):
         ratios = [last[BUILDER][key] / last[side][key] for key in ("wall_median", "cpu_median", "memory")]
         lines.append(f"| {side} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     grown = ", ".join(f"{side} {value:.2f}" for side, value in result["bytes_a_parameter"].items())
-    lines += ["", f"Memory that a further parameter of an expert takes, bytes: {grown}."]
+    lines += ["", f"Memory that a further layer takes, bytes for each parameter of its experts: {grown}."]
     if result["releases"]:
         lines += [
             "",
