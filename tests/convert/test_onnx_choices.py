@@ -215,16 +215,21 @@ def test_allow_larger_is_not_silently_left_out(made: Made) -> None:
         made(allow_larger=True)
 
 
-def test_experts_too_large_for_int4_are_sent_to_forms_that_onnx_has(
-    small_model: Model, tmp_path: Path, convert: Any
-) -> None:
-    write_bf16(small_model, tmp_path / "in")
-    for path in (tmp_path / "in").glob("*.safetensors"):
+def write_with_experts(model: Model, folder: Path, change: Callable[[Any], object]) -> None:
+    """bf16, each gate_up_proj changed in place."""
+    write_bf16(model, folder)
+    for path in folder.glob("*.safetensors"):
         held = load_file(path)
         for name in held:
             if name.endswith("gate_up_proj"):
-                held[name][1, 2, 3] = 1e6
+                change(held[name])
         save_file(held, path, metadata={"format": "pt"})
+
+
+def test_experts_too_large_for_int4_are_sent_to_forms_that_onnx_has(
+    small_model: Model, tmp_path: Path, convert: Any
+) -> None:
+    write_with_experts(small_model, tmp_path / "in", lambda experts: experts[1, 2, 3].fill_(1e6))
     with pytest.raises(Refused, match="too large for int4_moe") as caught:
         convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int4")
     assert caught.value.remedy == "choose mxfp4 or int8 for the experts"
@@ -234,12 +239,6 @@ def test_experts_too_large_for_int4_are_sent_to_forms_that_onnx_has(
 def test_experts_too_small_for_int4_are_no_fault_of_the_conversion(
     small_model: Model, tmp_path: Path, convert: Any
 ) -> None:
-    write_bf16(small_model, tmp_path / "in")
-    for path in (tmp_path / "in").glob("*.safetensors"):
-        held = load_file(path)
-        for name in held:
-            if name.endswith("gate_up_proj"):
-                held[name][1] *= 1e-7
-        save_file(held, path, metadata={"format": "pt"})
+    write_with_experts(small_model, tmp_path / "in", lambda experts: experts[1].mul_(1e-7))
     with pytest.raises(Refused, match="too small for int4_moe"):
         convert(tmp_path / "in", tmp_path / "onnx", "onnx", experts="int4")

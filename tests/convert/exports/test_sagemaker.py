@@ -52,15 +52,12 @@ def artifacts(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def true_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def true_artifact(true_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with the release's own tokenizer."""
-    tokenizer = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if tokenizer is None:
-        pytest.skip(tk.no_true_tokenizer)
     spec = replace(SMALL, layers=1, experts=2, hidden=32, intermediate=32, heads=1, kv_heads=1, vocab=201088)
     spec = replace(spec, spare_rows=spec.vocab - tk.TRUE_TEXT_TOKENS - 21)
     folder = tmp_path_factory.mktemp("true") / "hf"
-    write_hf(Model(spec), folder, tokenizer=Tokenizer.from_file(str(tokenizer)))
+    write_hf(Model(spec), folder, tokenizer=Tokenizer.from_file(str(true_file)))
     return folder
 
 
@@ -582,14 +579,20 @@ def test_deploy_uploads_the_model_and_makes_the_endpoint(
     assert source["S3Uri"] == "s3://my-bucket/models/mine/" + ("model.tar.gz" if archive else "")
 
 
+def deployed(artifact: Path, out: Path) -> Any:
+    """deploy.py of an export, run once."""
+    export(artifact, out, name="mine")
+    old_machine(out)
+    module = deploy_of(out)
+    assert module.main(GIVEN) == 0
+    return module
+
+
 def test_deploy_run_again_uploads_and_creates_nothing(
     artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     s3, _ = cloud
-    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
-    old_machine(tmp_path / "out")
-    module = deploy_of(tmp_path / "out")
-    assert module.main(GIVEN) == 0
+    module = deployed(artifacts / "mxfp4", tmp_path / "out")
     capsys.readouterr()
     assert module.main(GIVEN) == 0
     out = capsys.readouterr().out
@@ -658,10 +661,7 @@ def test_deploy_tells_another_configuration_of_the_name(
     artifacts: Path, tmp_path: Path, cloud: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, api = cloud
-    export(artifacts / "mxfp4", tmp_path / "out", name="mine")
-    old_machine(tmp_path / "out")
-    module = deploy_of(tmp_path / "out")
-    assert module.main(GIVEN) == 0
+    module = deployed(artifacts / "mxfp4", tmp_path / "out")
     (variant,) = requests_of(tmp_path / "out")["create_endpoint_config"]["ProductionVariants"]
     second = {**variant, "VariantName": "Second"}
     for variants, difference in (

@@ -162,14 +162,14 @@ def test_a_downloaded_releases_other_layouts_are_not_packed(kinds: Kinds, tmp_pa
         assert vllm.weight_bytes(artifact) == artifact.weight_bytes - 1000
 
 
-def test_the_releases_tokenizer_gives_the_published_vocabulary_and_another_one_none(tokenizer_folder: Path) -> None:
+def test_another_tokenizer_than_the_releases_gives_no_vocabulary(tokenizer_folder: Path) -> None:
     assert harmony_vocabulary(json.loads((tokenizer_folder / "tokenizer.json").read_bytes())) is None
     for odd in ({"model": 1}, {"model": {"vocab": {"€": 0}}}, {"model": {"vocab": {"a": "x", "b": 1}}}, {}):
         assert harmony_vocabulary(odd) is None
-    found = tk.true_tokenizer(ROOT / ".cache" / "tokenizer")
-    if found is None:
-        pytest.skip(tk.no_true_tokenizer)
-    text = harmony_vocabulary(json.loads(found.read_bytes()))
+
+
+def test_the_releases_tokenizer_gives_the_published_vocabulary(true_file: Path) -> None:
+    text = harmony_vocabulary(json.loads(true_file.read_bytes()))
     assert text is not None
     assert text.startswith(b"IQ== 0\n")
     assert text.count(b"\n") == 199998
