@@ -25,7 +25,12 @@ def resident(variant: Variant) -> str:
     """A sentence on the memory that the weights take."""
     if variant.experts == "mxfp4":
         return "MXFP4 experts stay mapped from the file."
-    return "ONNX Runtime 1.26 leaves integer experts mapped from the file; from 1.31 on it copies them into memory, all of them."
+    older = (
+        "leaves int8 experts mapped from the file"
+        if variant.experts == "int8"
+        else "unpacks int4 experts to 2.5 times as much"
+    )
+    return f"ONNX Runtime before 1.31 {older}; from 1.31 on it copies them into memory, all of them."
 
 
 def caveats(variant: Variant) -> list[str]:

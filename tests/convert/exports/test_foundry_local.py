@@ -16,6 +16,7 @@ from gptoss_convert.config import release_config
 from gptoss_convert.convert.conversion import Options, convert
 from gptoss_convert.convert.exports import write
 from gptoss_convert.convert.exports.foundry_local import PREFILL, kv_cache
+from gptoss_convert.convert.exports.onnx_facts import resident
 from gptoss_convert.convert.exports.package import Request
 from gptoss_convert.convert.onnx_layout import Variant
 from gptoss_convert.convert.progress import silent
@@ -390,6 +391,14 @@ def test_the_page_says_what_becomes_of_the_experts_in_memory(folders: dict[str, 
     for text in ("copies them into memory, all of them", "rounds the activations of int8 experts"):
         assert text in integers
         assert text not in packed
+
+
+def test_integers_before_1_31_take_what_was_measured_of_them() -> None:
+    of_int8, of_int4 = (
+        resident(Variant(kind, "f32", "f32", "f32", "f32", window_cache=False)) for kind in ("int8", "int4")
+    )
+    assert "leaves int8 experts mapped" in of_int8
+    assert "unpacks int4 experts" in of_int4
 
 
 def test_the_export_of_an_export_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
